@@ -1,8 +1,8 @@
 """How a name, a folder or a file becomes a model: a skeleton without weights, and a reader for them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,10 +22,10 @@ class LoadedModel:
     name:      what reports call it
     dtype:     the dtype in which the weights are stored and served
     tokenizer: encodes text, for language models: an object with `encode(text) -> list[int]`; None otherwise
-    folder:    files that belong into a checkpoint beside the weights (config, tokenizer); None where there are none
-    config:    the family's own configuration, as plain data
+    write_companions: writes the files that belong into a checkpoint beside the weights (config.json, tokenizer) into a folder; None: there are none
     notes:     what every table about this model must say, such as "weights are dequantized Q4_1"
-    calibration, evaluation: names of the text files (or other data) that the source brings along
+    source:    name of the ModelSource; stands in a checkpoint's manifest, and its `skeleton` rebuilds the model there; "" = the user must pass one
+    calibration, evaluation: files of data (text) that the source brings along
     """
 
     model: nn.Module
@@ -33,8 +33,8 @@ class LoadedModel:
     name: str
     dtype: torch.dtype = torch.float32
     tokenizer: Any = None
-    folder: Path | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    write_companions: Callable[[Path], None] | None = None
     notes: tuple[str, ...] = ()
     calibration: Path | None = None
     evaluation: Path | None = None
@@ -55,6 +55,10 @@ class ModelSource(Protocol):
 
     def load(self, uri: str) -> LoadedModel:
         """The model behind the address; NotFound or CheckpointError when there is none."""
+
+    def skeleton(self, folder: Path) -> nn.Module:
+        """The float architecture of a checkpoint that qcore wrote, from its config alone: parameters on meta, buffers real."""
+        raise NotFound(f"source {self.name!r} cannot rebuild a model from {folder}; pass the float model as `skeleton=`")
 
 
 def load_source(uri: str, sources: Mapping[str, type]) -> LoadedModel:

@@ -27,7 +27,8 @@ class RunContext:
     positions: Tensor | None = None
 
 
-_RUNNING: ContextVar[RunContext] = ContextVar("qcore_run_context", default=RunContext())
+_NOTHING_SPECIAL = RunContext()
+_RUNNING: ContextVar[RunContext | None] = ContextVar("qcore_run_context", default=None)
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def running(context: RunContext) -> Iterator[None]:
 
 def run_context() -> RunContext:
     """The context of the forward pass that is running."""
-    return _RUNNING.get()
+    return _RUNNING.get() or _NOTHING_SPECIAL
 
 
 class Tap(nn.Module):
