@@ -1,0 +1,41 @@
+"""The meaning of a linear layer with a stored weight: give every code its value, then multiply."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dequantize_blocks(
+    values: Tensor, scale: Tensor, block: tuple[int, ...], zero_point: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """(values - zero_point) · scale + offset, in float32.
+
+    values:     [d0, d1, …] the numbers that the codes stand for at scale 1, integer or float
+    block:      how many values share one scale along each axis; blocks at the edges may be smaller
+    scale, zero_point, offset: one per block, [ceil(d0 / b0), ceil(d1 / b1), …]
+    """
+    shape = tuple(values.shape)
+    out = values.float()
+    if zero_point is not None:
+        out = out - _spread(zero_point.float(), block, shape)
+    out = out * _spread(scale.float(), block, shape)
+    return out if offset is None else out + _spread(offset.float(), block, shape)
+
+
+def dequant_linear(
+    x: Tensor, values: Tensor, scale: Tensor, block: tuple[int, int], zero_point: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """y = x @ Ŵᵀ, Ŵ rounded once to x's dtype, as a consumer does that decompresses at load.
+
+    x:      [..., K] float
+    values: [N, K], with scale, zero_point and offset as in `dequantize_blocks`
+    return: [..., N], x.dtype
+    """
+    return F.linear(x, dequantize_blocks(values, scale, block, zero_point, offset).to(x.dtype))
+
+
+def _spread(s: Tensor, block: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """Repeat one value per block over its block; an axis with one block is left to broadcasting."""
+    for i, (b, d) in enumerate(zip(block, shape, strict=True)):
+        if s.shape[i] > 1 and b > 1:
+            s = s.repeat_interleave(b, dim=i).narrow(i, 0, d)
+    return s
