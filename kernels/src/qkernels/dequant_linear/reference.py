@@ -14,11 +14,18 @@ def dequantize_blocks(
     scale, zero_point, offset: one per block, [ceil(d0 / b0), ceil(d1 / b1), …]
     """
     shape = tuple(values.shape)
+    even = all(d % b == 0 for d, b in zip(shape, block, strict=True))
+    # blocks that divide the shape need no copy of the scale for each value: [g0, b0, g1, b1, …] against [g0, 1, g1, 1, …]
+    lay = _beside_blocks if even else _spread
     out = values.float()
+    if even:
+        out = out.reshape([n for d, b in zip(shape, block, strict=True) for n in (d // b, b)])
     if zero_point is not None:
-        out = out - _spread(zero_point.float(), block, shape)
-    out = out * _spread(scale.float(), block, shape)
-    return out if offset is None else out + _spread(offset.float(), block, shape)
+        out = out - lay(zero_point.float(), block, shape)
+    out = out * lay(scale.float(), block, shape)
+    if offset is not None:
+        out = out + lay(offset.float(), block, shape)
+    return out.reshape(shape)
 
 
 def dequant_linear(
@@ -31,6 +38,11 @@ def dequant_linear(
     return: [..., N], x.dtype
     """
     return F.linear(x, dequantize_blocks(values, scale, block, zero_point, offset).to(x.dtype))
+
+
+def _beside_blocks(s: Tensor, block: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """[g0, g1, …] → [g0, 1, g1, 1, …]"""
+    return s.reshape([n for g in s.shape for n in (g, 1)])
 
 
 def _spread(s: Tensor, block: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
