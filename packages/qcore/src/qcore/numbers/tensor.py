@@ -201,10 +201,7 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     shape = tuple(z.shape)
 
     def lay(t: Tensor) -> Tensor:
-        if not fmt.per_block:
-            rows = t.reshape(1, -1)
-        else:
-            rows = to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = t.reshape(1, -1) if not fmt.per_block else to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
