@@ -24,8 +24,9 @@ from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Block, Site, Topology
-from qcore.modules.replace import quantized_leaf
+from qcore.modules.replace import quantized_leaf, quantized_stack
 from qcore.numbers import QTensor, QuantSpec
+from qcore.numbers.tensor import concat_rows
 from qcore.packing import choose_packing
 from qcore.recipe import Recipe
 from qcore.solvers.base import WeightSolver
@@ -223,10 +224,10 @@ class _Run:
             outputs = runner.outputs() if runner is not None else []
         if feed is not None:
             feed.advance(outputs)
-        for site, (q, record) in solved.items():
-            with at(site):
-                self._replace(site, q)
-            self.result.sites.append(record)
+        for path in dict.fromkeys(site.module for site in solved):
+            with at(path):
+                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path})
+        self.result.sites += [record for _, record in solved.values()]
         if self.journal:
             self._journal_block(block, index, [record for _, record in solved.values()], outputs)
 
@@ -260,13 +261,19 @@ class _Run:
         spec = self._spec(site)
         own = layout(owner, site.tensor)
         param = getattr(owner, site.tensor)
-        matrix = own.matrix(param.detach())
+        whole = own.matrix(param.detach())
+        rows = _rows(site, whole, param)
+        matrix = whole if rows is None else whole[rows]
         started = time.perf_counter()
         solver = self._solver(site)
         q = solver.solve(matrix, spec, seen)
         values = q.dequantize().to(matrix.dtype)
         seconds = time.perf_counter() - started
         error, of = relative_error(matrix, values, seen.get("gram"))
+        if rows is not None:
+            whole = whole.clone()
+            whole[rows] = values
+            values = whole
         param.data = own.tensor(values, param.shape).contiguous()
         record = SiteRecord(
             site=str(site),
@@ -280,20 +287,30 @@ class _Run:
             nbytes=0,
             seconds=round(seconds, 4),
         )
-        packing = choose_packing(self._packings(site), spec, tuple(matrix.shape), self._activation(site))
+        packing = self._packing(site, tuple(matrix.shape))
         parts = packing.pack(q)
         nbytes = sum(t.numel() * t.element_size() for t in parts.values())
         bits = 8 * nbytes / matrix.numel()
         return q, SiteRecord(**{**record.__dict__, "packing": packing.name, "nbytes": nbytes, "bits": round(bits, 4)})
 
-    def _replace(self, site: Site, q: QTensor) -> None:
+    def _replace(self, path: str, solved: Mapping[Site, QTensor]) -> None:
         """Put the packed module where the float leaf was."""
-        leaf = leaf_at(self.model, site.module)
-        packing = choose_packing(self._packings(site), q.spec, q.shape, self._activation(site))
-        path = site.module
+        leaf = leaf_at(self.model, path)
         wrapper = self.model.get_submodule(path)
         online = wrapper.before if wrapper is not leaf else None
-        self.model.set_submodule(path, quantized_leaf(leaf, q, packing, activation=self._activation(site), online=online))
+        first = next(iter(solved))
+        if any(site.part is not None or site.tensor != "weight" for site in solved):
+            packed = {}
+            for site, q in solved.items():
+                packed[(site.tensor, site.part)] = (q, self._packing(site, q.shape))
+            self.model.set_submodule(path, quantized_stack(leaf, packed))
+            return
+        q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])
+        activation = self._activation(first)
+        self.model.set_submodule(path, quantized_leaf(leaf, q, self._packing(first, q.shape), activation=activation, online=online))
+
+    def _packing(self, site: Site, shape: tuple[int, ...]) -> Any:
+        return choose_packing(self._packings(site), self._spec(site), shape, self._activation(site))
 
     # lookups -----------------------------------------------------------------------------------------------------------------------------
 
@@ -430,6 +447,16 @@ class _Run:
             yield
         finally:
             self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+def _rows(site: Site, whole: Tensor, param: Tensor) -> Tensor | None:
+    """Which rows of the weight matrix a site means; None = all.  Parts of a fused stack lie below each other."""
+    if site.part is not None:
+        n = whole.shape[0] // param.shape[0]
+        return torch.arange(site.part * n, (site.part + 1) * n)
+    if site.channels:
+        return torch.cat([torch.arange(r.start, r.stop) for r in site.channels])
+    return None
 
 
 def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple[float, str]:
