@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import re
 import struct
@@ -298,6 +299,9 @@ def train_tokenizer(texts: list[str], folder: Path) -> Any:
         tokenizer_object=tokenizer, eos_token=EOT, bos_token=EOT, clean_up_tokenization_spaces=False, model_max_length=1024
     )
     fast.save_pretrained(folder)
+    # The class name that transformers 4 and 5 both know.
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
     return tokenizer
 
 
@@ -315,7 +319,8 @@ def main() -> None:
     train: list[tuple[str, str]] = []
     calib: list[tuple[str, str]] = []
     held: list[tuple[str, str]] = []
-    report, notices = [], []
+    report: list[dict[str, Any]] = []
+    notices: dict[str, list[str]] = {}
     for source in SOURCES:
         documents = [(name, clean(text)) for name, text in source.reader(args.debs)]
         random.Random(f"{args.seed}/{source.domain}").shuffle(documents)
@@ -350,15 +355,17 @@ def main() -> None:
             }
         )
         notice = args.debs / source.copyright_of / "usr/share/doc" / source.copyright_of / "copyright"
-        notices.append(f"{'=' * 78}\nDomain {source.domain}: Debian package {source.copyright_of}, its copyright file\n{'=' * 78}\n")
-        notices.append(notice.read_text("utf-8", errors="replace"))
+        notices.setdefault(notice.read_text("utf-8", errors="replace"), []).append(f"{source.domain} ({source.copyright_of})")
     for name, pieces in (("train", train), ("calib", calib), ("eval", held)):
         random.Random(f"{args.seed}/{name}").shuffle(pieces)
     texts = {name: EOT.join(p for _, p in pieces) for name, pieces in (("train", train), ("calib", calib), ("eval", held))}
     (out / "calib.txt").write_text(texts["calib"], "utf-8")
     (out / "eval.txt").write_text(texts["eval"], "utf-8")
     (WORK / "train.txt").write_text(texts["train"], "utf-8")
-    (out / "NOTICE.txt").write_text("\n".join(notices), "utf-8")
+    rule = "=" * 78
+    (out / "NOTICE.txt").write_text(
+        "\n".join(f"{rule}\nCopyright file of: {', '.join(names)}\n{rule}\n\n{text}" for text, names in notices.items()), "utf-8"
+    )
 
     tokenizer = train_tokenizer([p for _, p in train], out)
     streams = {name: np.array(tokenizer.encode(text).ids, dtype=np.uint16) for name, text in texts.items()}

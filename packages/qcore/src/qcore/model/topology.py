@@ -1,0 +1,173 @@
+"""Places: which tensors may be observed or quantized, and which channels are shared by which parameters.
+
+A `Topology` is data.  An adapter derives it from a model's structure; every method reads it, and none knows an architecture's name.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import Literal
+
+Axis = Literal["out", "in"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that may be observed or quantized; not always a module boundary.
+
+    module:   path of the module
+    tensor:   "weight", or another parameter's name ("gate_up_proj"); "input" and "output" of the module; "q", "k", "v", "p" inside an attention
+              function, "h", "delta" inside a mixer: whatever the module taps
+    part:     one part of a fused stack, such as one expert
+    channels: a slice of the channels: x and z of Mamba's in_proj, q, k and v of a fused projection
+    """
+
+    module: str
+    tensor: str = "weight"
+    part: int | None = None
+    channels: tuple[range, ...] = ()
+
+    def __str__(self) -> str:
+        part = "" if self.part is None else f"[{self.part}]"
+        channels = "".join(f"[{r.start}:{r.stop}]" for r in self.channels)
+        return f"{self.module}:{self.tensor}{part}{channels}"
+
+    @property
+    def param(self) -> str:
+        """Full name of the parameter, for sites that are one."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    @property
+    def input(self) -> "Site":
+        """What this parameter is multiplied with: the module's input, or the tap "<name>.input" for one parameter of several."""
+        return Site(self.module, "input" if self.tensor == "weight" else f"{self.tensor}.input", self.part)
+
+
+class Invariance(Flag):
+    """Rewrites of shared channels that leave the function unchanged."""
+
+    PERMUTE = auto()  # channels change places
+    SCALE = auto()  # each channel is multiplied by a positive number, and divided where it is read
+    ROTATE = auto()  # channels are mixed by an orthogonal matrix
+
+
+@dataclass(frozen=True)
+class Port:
+    """One axis of one parameter, on which shared channels lie.
+
+    param:    full name, "model.layers.0.mlp.up_proj.weight"; vectors (norm gains, biases) are ports too, on axis "out"
+    axis:     "out": the channels that the layer writes; "in": those that it reads
+    part:     one part of a fused stack
+    channels: the slice of the axis that takes part; empty = all of it
+    repeat:   each head of the link stands `repeat` times in a row on this axis (grouped-query attention)
+    gain:     added to the parameter to give the factor it stands for: 1 where a norm multiplies by (1 + weight)
+    """
+
+    param: str
+    axis: Axis
+    part: int | None = None
+    channels: tuple[range, ...] = ()
+    repeat: int = 1
+    gain: float = 0.0
+
+    def __str__(self) -> str:
+        part = "" if self.part is None else f"[{self.part}]"
+        channels = "".join(f"[{r.start}:{r.stop}]" for r in self.channels)
+        return f"{self.param}{part}.{self.axis}{channels}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One set of channels: `writes` get T, `reads` get its inverse.  Many to many.
+
+    The residual stream is written by the embedding and by every o_proj and down_proj, and read by every q, k, v, gate and up.
+
+    name:        for messages: "residual", "model.layers.3.v→o"
+    size:        how many channels
+    writes:      ports that are multiplied by T
+    reads:       ports that are multiplied by T's inverse
+    through:     modules between, which must absorb T: norms (their gain must be folded before a rotation, and moves with a permutation)
+    invariance:  which T are allowed
+    heads:       T consists of this many blocks of equal size, one a head
+    share:       channels that must share one scale: "half": i and i + rotary/2 (Llama's RoPE), "interleaved": 2i and 2i + 1 (GPT-J's)
+    rotary_dims: how many channels of each head RoPE turns; 0 = all of it
+    """
+
+    name: str
+    size: int
+    writes: tuple[Port, ...]
+    reads: tuple[Port, ...]
+    invariance: Invariance
+    through: tuple[str, ...] = ()
+    heads: int = 1
+    share: Literal["none", "half", "interleaved"] = "none"
+    rotary_dims: int = 0
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        return self.writes + self.reads
+
+
+@dataclass(frozen=True)
+class Block:
+    """Modules that are solved together; blocks run in order, each on the outputs of the quantized ones before it.
+
+    stages: sites of parameters, in the order in which they see their inputs; a stage is one observation pass
+    feed:   "previous": the block's first argument is the block before's output; "rerun": the model is run up to here again
+    """
+
+    module: str
+    stages: tuple[tuple[Site, ...], ...]
+    feed: Literal["previous", "rerun"] = "previous"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for stage in self.stages for site in stage)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What an adapter knows of one model.
+
+    blocks:   in order of execution
+    links:    sets of shared channels
+    blocked:  the axes of weights that no link may touch, each with the reason
+    activations: sites inside modules that may be quantized (q, k, v, p …), beside the inputs of the blocks' sites
+    """
+
+    blocks: tuple[Block, ...]
+    links: tuple[Link, ...] = ()
+    blocked: Mapping[Port, str] = field(default_factory=dict)
+    activations: tuple[Site, ...] = ()
+
+    def links_with(self, invariance: Invariance) -> tuple[Link, ...]:
+        """The links that allow all of `invariance`."""
+        return tuple(link for link in self.links if invariance in link.invariance)
+
+    def within(self, block: Block) -> "Topology":
+        """The part of this topology that concerns one block alone: links whose every port lies inside it."""
+        prefix = block.module + "."
+        links = tuple(link for link in self.links if all(p.param.startswith(prefix) for p in link.ports))
+        return Topology(
+            blocks=(block,),
+            links=links,
+            blocked={p: why for p, why in self.blocked.items() if p.param.startswith(prefix)},
+            activations=tuple(s for s in self.activations if s.module.startswith(prefix)),
+        )
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for block in self.blocks for site in block.sites)
+
+
+def covered_axes(topology: Topology) -> dict[tuple[str, Axis], str]:
+    """Which axes of which parameters are accounted for, and by what."""
+    covered: dict[tuple[str, Axis], str] = {(port.param, port.axis): why for port, why in topology.blocked.items()}
+    for link in topology.links:
+        covered |= {(port.param, port.axis): f"link {link.name}" for port in link.ports}
+    return covered
+
+
+def params_of(ports: Iterable[Port]) -> tuple[str, ...]:
+    """The distinct parameter names, in order."""
+    return tuple(dict.fromkeys(port.param for port in ports))

@@ -1,0 +1,62 @@
+"""What a code means: number formats, granularities, offsets, specs, and the tensors made of them."""
+
+from qcore.numbers.formats import (
+    FP4_E2M1,
+    FP6_E2M3,
+    FP6_E3M2,
+    FP8_E4M3,
+    FP8_E5M2,
+    Codebook,
+    Float,
+    Int,
+    NumberFormat,
+    PowerOfTwo,
+)
+from qcore.numbers.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken, Tile, Unscaled
+from qcore.numbers.spec import (
+    Offset,
+    QuantSpec,
+    fp8_activation,
+    fp8_weight,
+    int_activation,
+    int_weight,
+    mx,
+    nvfp4,
+    spec_from_dict,
+    spec_to_dict,
+)
+from qcore.numbers.tensor import QTensor, fake_quantize, quantize, scale_parts
+
+__all__ = [
+    "FP4_E2M1",
+    "FP6_E2M3",
+    "FP6_E3M2",
+    "FP8_E4M3",
+    "FP8_E5M2",
+    "Codebook",
+    "Float",
+    "Granularity",
+    "Int",
+    "NumberFormat",
+    "Offset",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "PowerOfTwo",
+    "QTensor",
+    "QuantSpec",
+    "Tile",
+    "Unscaled",
+    "fake_quantize",
+    "fp8_activation",
+    "fp8_weight",
+    "int_activation",
+    "int_weight",
+    "mx",
+    "nvfp4",
+    "quantize",
+    "scale_parts",
+    "spec_from_dict",
+    "spec_to_dict",
+]

@@ -1,0 +1,219 @@
+"""`QTensor`, and the three verbs: `quantize` makes codes, `dequantize` makes values, `fake_quantize` makes values on the grid."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcore.errors import SpecError
+from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
+from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor: a plain record of its spec and its stored parts.
+
+    parts: "codes"  the tensor's shape; its last axis divided by `format.dim` for vectors
+           "scale"  one per block, float32 values that the spec's scale dtype holds exactly; or "scale.codes", "scale.scale" … where scales have a spec
+           "offset" one per block: an integer zero point (CODE) or a float (VALUE)
+           and the format's own fitted parts, such as "codebook"
+    shape: of the tensor that it stands for
+    """
+
+    spec: QuantSpec
+    parts: Mapping[str, Tensor]
+    shape: Shape
+
+    @property
+    def codes(self) -> Tensor:
+        return self.parts["codes"]
+
+    @property
+    def block(self) -> Shape:
+        return self.spec.granularity.block(self.shape)
+
+    def scale(self) -> Tensor:
+        """One scale per block, as float32.  [g0, g1, …]"""
+        if isinstance(self.spec.scale, QuantSpec):
+            return self._scale_tensor().dequantize()
+        return self.parts["scale"].float()
+
+    def _scale_tensor(self) -> "QTensor":
+        assert isinstance(self.spec.scale, QuantSpec)
+        own = {k.removeprefix("scale."): v for k, v in self.parts.items() if k.startswith("scale.")}
+        return QTensor(self.spec.scale, own, grid(self.shape, self.block))
+
+    def params(self) -> dict[str, Tensor]:
+        """The format's fitted parts."""
+        return {name: self.parts[name] for name in self.spec.format.parts}
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for.  → [*shape] float32"""
+        fmt, block = self.spec.format, self.block
+        values = fmt.decode(self.codes, per_value_params(self.spec, self.params(), self.shape))
+        values = values.reshape(self.shape)
+        if not self.spec.scaled:
+            return values
+        if self.spec.offset is Offset.CODE:
+            values = values - spread(self.parts["offset"].float(), block, self.shape)
+        values = values * spread(self.scale(), block, self.shape)
+        if self.spec.offset is Offset.VALUE:
+            values = values + spread(self.parts["offset"].float(), block, self.shape)
+        return values
+
+    def nbytes(self) -> int:
+        """Bytes of the parts as they are held here, codes unpacked."""
+        return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+
+def per_value_params(spec: QuantSpec, params: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Fitted parts laid out for `encode` and `decode` of a whole tensor: shared ones as they are, per-block ones repeated for every code."""
+    if not spec.format.per_block:
+        return dict(params)
+    d = spec.format.dim
+    block = spec.granularity.block(shape)
+    codes_block, codes_shape = (*block[:-1], block[-1] // d), (*shape[:-1], shape[-1] // d)
+    return {name: repeat_blocks(p, codes_block, codes_shape) for name, p in params.items()}
+
+
+def require_finite(x: Tensor) -> None:
+    """SpecError when x holds NaN or infinity: there is no number to store for them."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        first = tuple(int(i) for i in (~torch.isfinite(x)).nonzero()[0])
+        raise SpecError(f"{bad} of {x.numel()} values are NaN or infinite (first at {first}); mend the source, there is no code for them")
+
+
+def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
+
+    Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    """
+    fmt = spec.format
+    low, high = low.float(), high.float()
+    if spec.offset is Offset.NONE:
+        choose = getattr(spec.scale.format, "choose_scale", None) if isinstance(spec.scale, QuantSpec) else None
+        if choose is not None:
+            ideal = choose(torch.maximum(-low, high), fmt)
+        else:
+            ideal = high / fmt.hi
+            if fmt.lo < 0:
+                ideal = torch.maximum(ideal, low / fmt.lo)
+    else:
+        ideal = (high - low) / (fmt.hi - fmt.lo)
+    empty = (high - low) <= 0
+    ideal = torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+    parts = store_scale(ideal, spec)
+    if spec.offset is Offset.CODE:
+        s = stored_scale(parts, spec, tuple(ideal.shape))
+        zero = (fmt.lo - low / torch.where(s == 0, 1.0, s)).round().clamp(fmt.lo, fmt.hi)
+        parts["offset"] = zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
+    elif spec.offset is Offset.VALUE:
+        s = stored_scale(parts, spec, tuple(ideal.shape))
+        dtype = SCALE_DTYPES[spec.scale] if isinstance(spec.scale, str) else torch.float32
+        parts["offset"] = (low - fmt.lo * s).to(dtype).float()
+    return parts
+
+
+def _lacks_zero(fmt: NumberFormat) -> bool:
+    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+
+
+def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """Round ideal scales (float32, one per block) to what the spec stores, before any code is chosen: the solver sees the stored grid."""
+    if isinstance(spec.scale, QuantSpec):
+        inner = quantize(ideal, spec.scale)
+        return {f"scale.{name}": part for name, part in inner.parts.items()}
+    dtype = SCALE_DTYPES[spec.scale]
+    if dtype is torch.float32:
+        return {"scale": ideal}
+    limits = torch.finfo(dtype)
+    if ideal.numel() and ideal.abs().max() > limits.max:
+        raise SpecError(
+            f"a scale of {float(ideal.abs().max()):.4g} does not fit {spec.scale} (largest {limits.max:.4g}); use scale 'bfloat16' or 'float32'"
+        )
+    stored = ideal.to(dtype).float()
+    smallest = limits.smallest_normal
+    # a scale that underflows would erase its block
+    return {"scale": torch.where((stored.abs() < smallest) & (ideal != 0), torch.copysign(torch.full_like(ideal, smallest), ideal), stored)}
+
+
+def stored_scale(parts: Mapping[str, Tensor], spec: QuantSpec, blocks: Shape) -> Tensor:
+    """The float32 scales that stored parts stand for.  → [g0, g1, …]"""
+    if isinstance(spec.scale, QuantSpec):
+        own = {k.removeprefix("scale."): v for k, v in parts.items() if k.startswith("scale.")}
+        return QTensor(spec.scale, own, blocks).dequantize()
+    return parts["scale"].float()
+
+
+def quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None, weight: Tensor | None = None) -> QTensor:
+    """Round every value of `x` to the nearest number that the spec can store.
+
+    x:      any shape, any float dtype
+    parts:  scale, offset and fitted parts to use; those that are missing are computed from `x` without clipping
+    weight: importance of each value for fitted formats, of x's shape
+    Raises SpecError for NaN or infinity, and where the granularity does not fit the shape.
+    """
+    require_finite(x)
+    shape = tuple(x.shape)
+    spec.check(shape)
+    x = x.float()
+    block = spec.granularity.block(shape)
+    chosen = dict(parts or {})
+    if spec.scaled and not any(k == "scale" or k.startswith("scale.") for k in chosen):
+        chosen |= scale_parts(*block_range(x, block), spec)
+    z = normalize(x, spec, chosen)
+    fmt = spec.format
+    if any(name not in chosen for name in fmt.parts):
+        chosen |= fit_parts(z, spec, weight)
+    fitted = {name: chosen[name] for name in fmt.parts}
+    vectors = z if fmt.dim == 1 else z.unflatten(-1, (-1, fmt.dim))
+    codes = fmt.encode(vectors, per_value_params(spec, fitted, shape))
+    return QTensor(spec, {"codes": codes, **chosen}, shape)
+
+
+def normalize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor]) -> Tensor:
+    """`x` in units of the format: what `encode` takes.  [*shape] → [*shape] float32"""
+    if not spec.scaled:
+        return x.float()
+    shape = tuple(x.shape)
+    block = spec.granularity.block(shape)
+    scale = stored_scale(parts, spec, grid(shape, block))
+    s = spread(torch.where(scale == 0, 1.0, scale), block, shape)
+    if spec.offset is Offset.VALUE:
+        x = x - spread(parts["offset"].float(), block, shape)
+    z = x.float() / s
+    if (scale == 0).any():
+        z = torch.where(spread(scale == 0, block, shape), 0.0, z)
+    if spec.offset is Offset.CODE:
+        # round(x/s) + zp = round(x/s + zp): the zero point is an integer
+        z = z + spread(parts["offset"].float(), block, shape)
+    return z
+
+
+def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[str, Tensor]:
+    """The format's fitted parts for already normalized values `z`, per tensor or per block."""
+    fmt = spec.format
+    shape = tuple(z.shape)
+
+    def lay(t: Tensor) -> Tensor:
+        if not fmt.per_block:
+            rows = t.reshape(1, -1)
+        else:
+            rows = to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
+
+    fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
+    if not fmt.per_block:
+        return {name: p[0] for name, p in fitted.items()}
+    blocks = grid(shape, spec.granularity.block(shape))
+    return {name: p.unflatten(0, blocks) for name, p in fitted.items()}
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
+    """`x` on the spec's grid: quantize, then dequantize.  Same shape and dtype."""
+    return quantize(x, spec, parts).dequantize().to(x.dtype)

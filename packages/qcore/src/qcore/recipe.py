@@ -1,0 +1,113 @@
+"""`Recipe`: how the stored numbers of a model are found.  Nothing at run time needs it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from qcore.errors import SpecError
+from qcore.model.topology import Site
+from qcore.numbers import QuantSpec
+from qcore.solvers.base import WeightSolver
+from qcore.transforms.base import Transform
+
+AUTO_SCALE = "auto"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to store for the sites that match; the last rule that matches a site wins.
+
+    sites:   a shell pattern over `str(site)`: "*:weight", "*.down_proj:weight", "*:input", "*.experts:*"
+    spec:    what to store; None leaves the site float
+    solver:  another solver for these sites; None = the recipe's
+    packing: a packing by name; None = the first that accepts the spec
+    scale:   "auto" = the scale dtype that the model's own dtype holds exactly (see `resolve_scale`); only for specs with a float scale
+    """
+
+    sites: str
+    spec: QuantSpec | None
+    solver: WeightSolver | None = None
+    packing: str | None = None
+    scale: Literal["auto", "spec"] = "auto"
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How much calibration data is used, and which.
+
+    samples: sequences (or images);  length: tokens of each, for text;  batch: sequences of one forward pass (a fixed shape, so that bits repeat)
+    seed:    chooses the samples
+    """
+
+    samples: int = 64
+    length: int = 512
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length", "batch"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"calibration.{name} is at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Rules say what is stored; transforms, solver and calibration say how it is found.
+
+    propagate: what a block is calibrated on. "weights": the outputs of the quantized blocks before it, activations float;
+               "all": also with quantized activations; "float": the float model's own
+    """
+
+    name: str = "recipe"
+    description: str = ""
+    rules: tuple[Rule, ...]
+    solver: WeightSolver
+    transforms: tuple[Transform, ...] = ()
+    allocator: Any = None
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    propagate: Literal["float", "weights", "all"] = "weights"
+
+    def rule_for(self, site: Site) -> Rule | None:
+        """The last rule whose pattern matches."""
+        return next((r for r in reversed(self.rules) if fnmatchcase(str(site), r.sites)), None)
+
+    def specs_for(self, sites: Iterable[Site], dtype_name: str = "float32") -> dict[Site, QuantSpec]:
+        """What to store for each site that is to be quantized.  dtype_name: of the model, for automatic scale dtypes"""
+        specs = {}
+        for site in sites:
+            rule = self.rule_for(site)
+            if rule is not None and rule.spec is not None:
+                specs[site] = resolve_scale(rule.spec, dtype_name) if rule.scale == "auto" else rule.spec
+        return specs
+
+    def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
+        """Rules that match none of `sites`: a typing error, most likely."""
+        names = [str(site) for site in sites]
+        return [rule for rule in self.rules if not any(fnmatchcase(name, rule.sites) for name in names)]
+
+
+def resolve_scale(spec: QuantSpec, dtype_name: str) -> QuantSpec:
+    """The 16-bit scale dtype that survives a cast to the model's: bfloat16 for bfloat16 models, else float16.
+
+    Loaders cast scales to the model's dtype; a scale that this cast moves would put weights off the grid on which they were solved.
+    """
+    if isinstance(spec.scale, QuantSpec) or spec.when == "dynamic":
+        return spec
+    return replace(spec, scale="bfloat16" if dtype_name == "bfloat16" else "float16")
+
+
+def describe(recipe: Recipe) -> Mapping[str, Any]:
+    """The record of a recipe: its name and the `repr` of every part."""
+    return {
+        "name": recipe.name,
+        "description": recipe.description,
+        "rules": [
+            {"sites": r.sites, "spec": None if r.spec is None else str(r.spec), "solver": None if r.solver is None else repr(r.solver)}
+            for r in recipe.rules
+        ],
+        "solver": repr(recipe.solver),
+        "transforms": [repr(t) for t in recipe.transforms],
+        "calibration": repr(recipe.calibration),
+        "propagate": recipe.propagate,
+    }
