@@ -124,6 +124,10 @@ class Float(NumberFormat):
             raise SpecError(
                 f"a minifloat has at least 1 exponent bit and at most 8 bits in all, got exponent={self.exponent}, mantissa={self.mantissa}"
             )
+        if self.special not in ("none", "nan", "ieee"):
+            raise SpecError(f"unknown special patterns {self.special!r} of a minifloat; have: none, nan, ieee")
+        if self._top < 1:
+            raise SpecError(f"{self} has no number but zero: all other patterns are special; give it a mantissa bit, or special 'none'")
 
     @property
     def bits(self) -> int:
