@@ -90,7 +90,12 @@ def test_e2m1_rounds_as_compressed_tensors_does():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"exponent": 0, "mantissa": 3}, {"exponent": 5, "mantissa": 3}, {"exponent": 2, "mantissa": -1}, {"exponent": 4, "mantissa": 3, "special": "inf"}],
+    [
+        {"exponent": 0, "mantissa": 3},
+        {"exponent": 5, "mantissa": 3},
+        {"exponent": 2, "mantissa": -1},
+        {"exponent": 4, "mantissa": 3, "special": "inf"},
+    ],
     ids=str,
 )
 def test_impossible_minifloats_are_refused(fields):
