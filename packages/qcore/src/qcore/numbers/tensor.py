@@ -93,6 +93,15 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
     with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
     """
+    ideal = ideal_scale(low, high, spec)
+    parts = store_scale(ideal, spec)
+    if spec.offset is not Offset.NONE:
+        parts["offset"] = offset_part(low, stored_scale(parts, spec, tuple(ideal.shape)), spec)
+    return parts
+
+
+def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of each block that covers [low, high], before it is rounded to what is stored; see `scale_parts`.  [g0, g1, …] float32"""
     fmt = spec.format
     low, high = low.float(), high.float()
     if spec.offset is Offset.NONE:
@@ -106,17 +115,17 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     else:
         ideal = (high - low) / (fmt.hi - fmt.lo)
     empty = (high - low) <= 0
-    ideal = torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
-    parts = store_scale(ideal, spec)
+    return torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+
+
+def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block."""
+    fmt, low = spec.format, low.float()
     if spec.offset is Offset.CODE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        zero = (fmt.lo - low / torch.where(s == 0, 1.0, s)).round().clamp(fmt.lo, fmt.hi)
-        parts["offset"] = zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    elif spec.offset is Offset.VALUE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        dtype = SCALE_DTYPES[spec.scale] if isinstance(spec.scale, str) else torch.float32
-        parts["offset"] = (low - fmt.lo * s).to(dtype).float()
-    return parts
+        zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
+        return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
+    dtype = SCALE_DTYPES[spec.scale] if isinstance(spec.scale, str) else torch.float32
+    return (low - fmt.lo * scale).to(dtype).float()
 
 
 def _lacks_zero(fmt: NumberFormat) -> bool:
