@@ -23,9 +23,7 @@ from qcore.numbers import (
 )
 from qcore.solvers import RTN
 
-DOUBLE = QuantSpec(
-    format=Int(4), granularity=PerGroup(16), scale=QuantSpec(format=Int(6, signed=False), granularity=PerGroup(3), scale="float16")
-)
+DOUBLE = QuantSpec(format=Int(4), granularity=PerGroup(16), scale=QuantSpec(format=Int(6, signed=False), granularity=PerGroup(3), scale="float16"))
 SPECS = {
     "int4": int_weight(4, 32),
     "int4-channel": int_weight(4, scale="bfloat16"),
