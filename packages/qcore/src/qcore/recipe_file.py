@@ -148,9 +148,7 @@ def _value(text: str, whole: str) -> Any:
     except tomllib.TOMLDecodeError:
         if re.fullmatch(r"[A-Za-z_*][\w.*:/-]*", text):
             return text
-        raise SpecError(
-            f"--set {whole}: {text!r} is no TOML value; write a number, true, false, a word, or a table like {{name = \"rtn\"}}"
-        ) from None
+        raise SpecError(f'--set {whole}: {text!r} is no TOML value; write a number, true, false, a word, or a table like {{name = "rtn"}}') from None
 
 
 def _put(node: Any, path: list[str], value: Any, where: str) -> Any:
@@ -206,7 +204,7 @@ class _Builder:
     def rule(self, table: Table, where: str) -> Rule:
         self.only(table, _RULE_KEYS, where)
         if "sites" not in table:
-            raise self.fail(where, 'wants \'sites\', a pattern such as "*:weight"')
+            raise self.fail(where, "wants 'sites', a pattern such as \"*:weight\"")
         sites = self.coerce(table["sites"], str, f"{where}.sites")
         solver = self.named("solvers", table["solver"], f"{where}.solver") if "solver" in table else None
         packing = self.coerce(table.get("packing"), str | None, f"{where}.packing")
@@ -262,7 +260,9 @@ class _Builder:
         table = self.table({"name": value} if isinstance(value, str) else value, where)
         name = table.get("name")
         if not isinstance(name, str):
-            raise self.fail(where, f"wants a name, such as {where.rpartition('.')[2]} = {{name = …}}; have: {', '.join(sorted(getattr(self.registry, kind)))}")
+            raise self.fail(
+                where, f"wants a name, such as {where.rpartition('.')[2]} = {{name = …}}; have: {', '.join(sorted(getattr(self.registry, kind)))}"
+            )
         try:
             cls = getattr(self.registry, kind)[name]
         except NotFound as e:
