@@ -5,7 +5,6 @@ tokens in between.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -61,7 +60,8 @@ class TextFile:
         ids = self.tokens(tokenizer)
         there = cut(ids, settings.length)
         if len(there) < settings.samples:
-            fits = f"--set calibration.samples={len(there)}" if len(there) else f"--set calibration.length={max(len(ids) // 2, 1)}"
+            full = len(there) // settings.batch * settings.batch or len(there)
+            fits = f"--set calibration.samples={full}" if full else f"--set calibration.length={max(len(ids) // 2, 1)}"
             raise CalibrationError(
                 f"calibration text {self.path} is too short: {len(ids)} tokens found, {settings.samples * settings.length} needed "
                 f"({settings.samples} windows of {settings.length}); pass a longer text, or {fits}"
@@ -93,7 +93,7 @@ def _cut_at(text: str, share: float) -> int:
     at = round(len(text) * share)
     if at in (0, len(text)):
         return at
-    end = text.find("\n", at)
+    end = text.find("\n", at - 1)
     # a text of one line has no better place
     return at if end < 0 or end + 1 == len(text) else end + 1
 
@@ -122,7 +122,10 @@ def to_batches(windows: Tensor, batch: int) -> list[TokenBatch]:
     return [{"input_ids": b.contiguous()} for b in windows.split(size)]
 
 
-def data_hash(windows: Tensor | Sequence[int]) -> str:
-    """sha256 of token ids, as little-endian int64: names the data in a report."""
-    ids = torch.as_tensor(windows, dtype=torch.int64).contiguous()
-    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+def data_hash(*tensors: Tensor) -> str:
+    """sha256 over dtype, shape and bytes of each tensor: names the data in a report."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(f"{t.dtype} {tuple(t.shape)};".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
