@@ -1,4 +1,4 @@
-"""`report.json`: what was done to a model, what it cost and what it gained.  One schema, with a version; keys in one order; no clock, no host name."""
+"""`report.json`: what was done to a model, and what it cost.  One schema, with a version; keys in one order; no clock, no host name."""
 
 import json
 import math
