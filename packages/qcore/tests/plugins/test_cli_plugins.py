@@ -35,6 +35,13 @@ def test_list_calls_no_hook(install, load):
     assert json.loads(run("list", "--json").stdout)[0]["status"] == "ok"
 
 
+def test_what_a_plugin_prints_while_it_loads_stays_out_of_the_json(install, load):
+    install("qplug-loud", f"{HEAD}print('hello')\n\n\n@hookimpl\ndef qcore_formats():\n    print('again')\n    return []\n")
+    result = run("doctor", "--json")
+    assert json.loads(result.stdout)["ok"]
+    assert "hello" in result.stderr and "again" in result.stderr
+
+
 def test_list_shows_a_table(install, load):
     install("qplug-broken", "import not_there_at_all")
     install("qplug-ternary")

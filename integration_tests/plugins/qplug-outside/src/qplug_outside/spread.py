@@ -50,15 +50,15 @@ class Spread(Transform):
                 continue
             weight = layout(model.get_submodule(site.module), site.tensor).matrix(reader[site.param])  # [N, K]
             normal = _normal(weight.abs().amax(0))
-            turn = torch.eye(len(normal)) - 2 * torch.outer(normal, normal)
+            turn = torch.eye(len(normal), dtype=normal.dtype) - 2 * torch.outer(normal, normal)
             rewrite.edits[site.param] = (Rotate(Port(site.param, "in"), turn.unsqueeze(0)),)
             rewrite.inserts[site.module] = Insert(ModuleConfig(Reflect.name, {"channels": len(normal)}, {"normal": normal}))
         return rewrite
 
 
 def _normal(heaviness: Tensor) -> Tensor:
-    """Unit normal of the mirror between the heaviest channel's axis and the diagonal.  [K] → [K]"""
+    """Unit normal of the mirror between the heaviest channel's axis and the diagonal.  [K] → [K] float64"""
     channels = heaviness.numel()
-    axis = torch.zeros(channels)
-    axis[heaviness.argmax()] = 1
-    return torch.nn.functional.normalize(axis - torch.full((channels,), channels**-0.5), dim=0)
+    normal = torch.full((channels,), -(channels**-0.5), dtype=torch.float64)
+    normal[heaviness.argmax()] += 1
+    return torch.nn.functional.normalize(normal, dim=0)

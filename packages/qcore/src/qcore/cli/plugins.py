@@ -1,8 +1,11 @@
 """`qcore plugins`: what is installed, what became of it, and what to do about it."""
 
 import json
+import sys
 import tomllib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -75,18 +78,23 @@ def mount_commands(root: typer.Typer, registry: Registry) -> None:
     taken |= {g.name or getattr(g.typer_instance, "info", g).name for g in root.registered_groups}
     for name, command in registry.commands.items():
         if name in taken:
-            warnings.warn(
-                f"{registry.commands.origin[name]} brings a command {name!r}, which qcore has already", PluginWarning, stacklevel=2
-            )
+            warnings.warn(f"{registry.commands.origin[name]} brings a command {name!r}, which qcore has already", PluginWarning, stacklevel=2)
         elif isinstance(command, typer.Typer):
             root.add_typer(command, name=name, rich_help_panel="From plug-ins")
         else:
             root.command(name, rich_help_panel="From plug-ins")(command)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Warnings about plug-ins are left to the commands' own words; what a plug-in prints while it loads goes to stderr, for stdout may be JSON."""
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore", PluginWarning)
+        yield
+
+
 def _registry() -> Registry:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PluginWarning)  # both commands show the same in their own words
+    with _quietly():
         return load_registry()
 
 
@@ -99,8 +107,7 @@ def _examine(registry: Registry) -> tuple[dict[str, int], list[dict[str, str]]]:
     counts, problems = {}, []
     for kind in KINDS:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PluginWarning)
+            with _quietly():
                 shelf = getattr(registry, kind)
         except Exception as e:
             problems.append({"what": f"qcore's own {kind} do not load: {type(e).__name__}: {e}", "do": "reinstall qcore"})

@@ -213,9 +213,7 @@ def _check_hook_names(module: ModuleType, strangers: Iterable[pluggy.HookCaller]
             raise PluginError(f"it implements {caller.name}, which is no hook of qcore; {hint}")
     for hook in hooks:
         if callable(found := getattr(module, hook, None)) and not hasattr(found, f"{GROUP}_impl"):
-            raise PluginError(
-                f"its {hook} is never called, for it has no mark; put @hookimpl above it (from qcore.plugins import hookimpl)"
-            )
+            raise PluginError(f"its {hook} is never called, for it has no mark; put @hookimpl above it (from qcore.plugins import hookimpl)")
 
 
 def _named(kind: str, items: Iterable[Any]) -> list[tuple[str, Any]]:
