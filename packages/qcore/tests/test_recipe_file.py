@@ -53,7 +53,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Smooth:
-    name: ClassVar[str] = "smooth"
+    name: ClassVar[str] = "smoothquant"
     alpha: float = 0.5
 
 
@@ -74,7 +74,6 @@ def toy_registry() -> Any:
         formats=shelf("formats", Int, Float, PowerOfTwo, Codebook),
         solvers=shelf("solvers", Nearest, Columns),
         transforms=shelf("transforms", Smooth, Awq),
-        allocators=shelf("allocators"),
         packings=shelf("packings"),
         recipes=shelf("recipes", *sorted(RECIPES.glob("*.toml"))),
     )
