@@ -197,12 +197,14 @@ def observe(model: nn.Module, blocks: str) -> Facts:
         x, y = _first(args) if args else None, _first(output)
         if isinstance(y, Tensor) and y.is_floating_point() and y.ndim >= 2:
             floats = isinstance(x, Tensor) and x.is_floating_point()
-            calls.append(_Call(path_of[module], module, x.flatten(0, -2) if floats else None, y.flatten(0, -2), y))
+            # clones: some families add to a result in place
+            x = x.flatten(0, -2).clone() if floats else None
+            calls.append(_Call(path_of[module], module, x, y.flatten(0, -2).clone(), y.clone()))
 
     def border(i: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = _first(args) if args else kwargs["hidden_states"]
-            borders[i] = (x.flatten(0, -2), _first(output).flatten(0, -2))
+            borders[i] = (x.flatten(0, -2).clone(), _first(output).flatten(0, -2).clone())
 
         return hook
 

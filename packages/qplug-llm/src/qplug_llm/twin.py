@@ -35,6 +35,7 @@ def build(model: nn.Module, layers: Sequence[int], seed: int = 0) -> Twin:
         small._attn_implementation = attention.NAME
     else:
         small._attn_implementation = "eager"
+    small._experts_implementation = "eager"  # grouped matrix products know no float64
     with torch.random.fork_rng(devices=[]):
         twin = type(model)(small).eval().double().requires_grad_(False)
     randomize(twin, seed)
