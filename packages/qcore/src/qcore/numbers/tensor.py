@@ -1,6 +1,6 @@
 """`QTensor`, and the three verbs: `quantize` makes codes, `dequantize` makes values, `fake_quantize` makes values on the grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -201,10 +201,7 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     shape = tuple(z.shape)
 
     def lay(t: Tensor) -> Tensor:
-        if not fmt.per_block:
-            rows = t.reshape(1, -1)
-        else:
-            rows = to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = t.reshape(1, -1) if not fmt.per_block else to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
@@ -217,3 +214,29 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
     """`x` on the spec's grid: quantize, then dequantize.  Same shape and dtype."""
     return quantize(x, spec, parts).dequantize().to(x.dtype)
+
+
+def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
+    """One tensor from pieces that lie below each other, all of one spec: [N1, K], [N2, K] … → [N1 + N2 + …, K].
+
+    SpecError when scales or fitted parts are shared by rows of different pieces.
+    """
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    shape = (sum(q.shape[0] for q in pieces), *first.shape[1:])
+    spec = first.spec
+    if any(q.spec != spec for q in pieces):
+        raise SpecError(f"pieces of one weight have different specs: {', '.join(sorted({str(q.spec) for q in pieces}))}; give them one rule")
+    shared_parts = bool(spec.format.parts) and not spec.format.per_block
+    nested = isinstance(spec.scale, QuantSpec) and spec.scale.scaled
+    if (
+        shared_parts
+        or nested
+        or (spec.scaled and any(q.shape[0] % q.block[0] for q in pieces[:-1]))
+        or (spec.scaled and len({q.block[0] for q in pieces}) > 1)
+    ):
+        raise SpecError(f"{spec} shares numbers between the rows of pieces that are solved apart; use granularity 'channel' or 'group'")
+    if spec.scaled and first.block[0] == first.shape[0] > 1:
+        raise SpecError(f"{spec} has one scale for all rows, but they are solved in pieces; use granularity 'channel' or 'group'")
+    return QTensor(spec, {name: torch.cat([q.parts[name] for q in pieces]) for name in first.parts}, shape)
