@@ -284,7 +284,7 @@ def permute_link(link: Link, order: Tensor, norms: Iterable[Port] = ()) -> Rewri
         lambda port: Permute(port, _repeat_order(order, link, port)),
     )
     for port in norms:
-        rewrite.edits[port.param] = rewrite.edits.get(port.param, ()) + (Permute(port, order),)
+        rewrite.edits[port.param] = (*rewrite.edits.get(port.param, ()), Permute(port, order))
     return rewrite
 
 
@@ -294,7 +294,7 @@ def _on_link(link: Link, kind: Invariance, write: Any, read: Any) -> Rewrite:
     rewrite = Rewrite()
     for ports, make in ((link.writes, write), (link.reads, read)):
         for port in ports:
-            rewrite.edits[port.param] = rewrite.edits.get(port.param, ()) + (make(port),)
+            rewrite.edits[port.param] = (*rewrite.edits.get(port.param, ()), make(port))
     return rewrite
 
 
