@@ -33,7 +33,10 @@ class Layout:
 
 
 def layout_for(model: nn.Module, modules: Mapping[str, type]) -> Layout:
-    """ "compressed-tensors" if it can hold all of `model`, else "qcore" with every reason.  modules: classes by name, as of the registry"""
+    """The portable "compressed-tensors" if it can hold all of `model`, else "qcore" with every reason.
+
+    modules: classes by name, as of the registry
+    """
     reasons = []
     found = [(path, m) for path, m in model.named_modules() if module_name(m, modules) is not None]
     dtype = model_dtype(model)

@@ -1,6 +1,5 @@
 """Rebuild a model from a checkpoint.  Nothing of calibration, solvers or recipes is imported here."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,34 @@ from torch import Tensor, nn
 
 from qcore.checkpoint.manifest import MANIFEST, Manifest
 from qcore.errors import CheckpointError
-from qcore.model import SafetensorsReader, materialize
+from qcore.model import ModelAdapter, SafetensorsReader, materialize
 from qcore.model.reader import missing_names, owned_names
-from qcore.model.tap import attach
-from qcore.modules import rebuild
+from qcore.modules import place, rebuild
 from qcore.modules.stored import DTYPES, resolved
 
-_TAP = re.compile(r"^(?:(?P<owner>.+)\.)?taps\.(?P<key>[^.]+)\.handlers\.\d+$")
 
-
-def load(folder: Path | str, *, skeleton: nn.Module | None = None, device: torch.device | str = "cpu", registry: Any = None) -> nn.Module:
+def load(
+    folder: Path | str,
+    *,
+    skeleton: nn.Module | None = None,
+    adapter: ModelAdapter | None = None,
+    device: torch.device | str = "cpu",
+    registry: Any = None,
+) -> nn.Module:
     """The model that `save` wrote, ready to run.
 
     skeleton: the float architecture, whose parameters may be on meta; it is changed in place.  None = the checkpoint's own source rebuilds it
+    adapter:  prepares the skeleton; None = the one that the checkpoint names
     registry: None = that of this installation
 
     CheckpointError for whatever is truncated, corrupt, too new, not installed, or does not fit the skeleton.
     """
     folder, registry = Path(folder), resolved(registry)
     manifest = Manifest.read(folder)
-    manifest.require(registry, str(folder / MANIFEST))
+    manifest.require(registry, str(folder / MANIFEST), adapter=adapter is None)
     reader = _reader(folder, manifest)
     model = skeleton if skeleton is not None else _skeleton(folder, manifest, registry)
-    model = install(model, manifest, registry)
+    model = install(model, manifest, registry, adapter)
     _fill(model, manifest, reader, folder)
     tie(model, manifest)
     if left := [*missing_names(model), *_unsaved_on_meta(model)]:
@@ -46,19 +50,25 @@ def load(folder: Path | str, *, skeleton: nn.Module | None = None, device: torch
     return model.eval()
 
 
-def install(model: nn.Module, manifest: Manifest, registry: Any) -> nn.Module:
-    """Prepare the float `model` and put the manifest's modules, still empty, in their places; returns it, or the module that takes the root's place."""
-    if manifest.adapter:
-        registry.adapters[manifest.adapter]().prepare(model)
+def install(model: nn.Module, manifest: Manifest, registry: Any, adapter: ModelAdapter | None = None) -> nn.Module:
+    """Prepare the float `model` and put the manifest's modules, still empty, in their places.
+
+    adapter: None = the one that the manifest names
+    return:  `model`, or the module that takes the place of the root
+    """
+    if adapter is None and manifest.adapter:
+        adapter = registry.adapters[manifest.adapter]()
+    if adapter is not None:
+        adapter.prepare(model)
     # parents first, so that what lies inside a module finds it; handlers of one tap in their order
     for path, entry in sorted(manifest.modules.items(), key=lambda item: (item[0].count("."), _natural(item[0]))):
         try:
             module = rebuild(registry.modules[entry.type], dict(entry.config), registry)
         except Exception as e:
             raise CheckpointError(f"{path or 'the model'}: {entry.type!r} cannot be rebuilt from its config ({type(e).__name__}: {e})") from e
-        model = _place(model, path, module)
+        model = _placed(model, path, module)
     for path, original in manifest.shared.items():
-        model = _place(model, path, _submodule(model, original))
+        model = _placed(model, path, _submodule(model, original))
     return model
 
 
@@ -127,9 +137,11 @@ class _Shards:
 
 def _fill(model: nn.Module, manifest: Manifest, reader: Any, folder: Path) -> None:
     """Read every tensor into its place; CheckpointError where names, shapes or stored dtypes differ."""
-    found = owned_names(model, "")
+    # what lies at the second path of a module is stored, and filled, under the first
+    found = [entry for entry in owned_names(model, "") if not any(entry[0].startswith(path + ".") for path in manifest.shared)]
     expected = {name: (owner._parameters if is_param else owner._buffers)[own] for name, owner, own, is_param in found}
-    kept = {name for name, _, _, is_param in found if not is_param}
+    # the float architecture's own tensors may be stored in another float dtype than it was built in; stored parts may not
+    kept = {name for name, _, own, is_param in found if not is_param and name.removesuffix(own).rstrip(".") in manifest.modules}
     stored = set(reader.names())
     missing = sorted(set(expected) - stored - set(manifest.ties))
     unexpected = sorted(stored - set(expected))
@@ -145,20 +157,16 @@ def _fill(model: nn.Module, manifest: Manifest, reader: Any, folder: Path) -> No
         if tuple(now.shape) != shape:
             raise CheckpointError(f"{folder}: {name} has shape {tuple(now.shape)}, the model expects {shape}")
         if name in kept and now.dtype != dtype:
-            raise CheckpointError(f"{folder}: {name} is stored as {now.dtype}, the manifest says {dtype}")
+            raise CheckpointError(f"{folder}: {name} is stored as {now.dtype}, the model expects {dtype}")
 
 
-def _place(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Put `module` at `path` in place; a handler of a tap is attached, as its container is no registered module."""
+def _placed(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     if not path:
         return module
-    if match := _TAP.match(path):
-        owner = _submodule(model, match["owner"] or "")
-        tensor, _, part = match["key"].partition("@")
-        attach(owner, tensor.replace("/", "."), module, int(part) if part else None)  # type: ignore[arg-type]
-        return model
-    parent, _, own = path.rpartition(".")
-    setattr(_submodule(model, parent), own, module)
+    try:
+        place(model, path, module)
+    except AttributeError as e:
+        raise CheckpointError(f"the model has no place {path!r}, which the checkpoint names ({e}); is the skeleton of the same architecture?") from e
     return model
 
 

@@ -142,10 +142,13 @@ class Manifest:
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def require(self, registry: Any, where: str) -> None:
-        """CheckpointError when a class that the checkpoint needs is not installed; it names the distribution that had it."""
+    def require(self, registry: Any, where: str, *, adapter: bool = True) -> None:
+        """CheckpointError when a class that the checkpoint needs is not installed; it names the distribution that had it.
+
+        adapter: whether the adapter is needed too, not handed over by the caller
+        """
         needs = needed_names(self.modules.values())
-        if self.adapter:
+        if self.adapter and adapter:
             needs["adapters"].add(self.adapter)
         for kind, names in needs.items():
             shelf = getattr(registry, kind, {})

@@ -38,7 +38,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Write `model`, whose leaves were replaced by run-time modules, to `folder`.
+    """Write `model`, whose leaves were replaced by run-time modules, to `folder`, as it is: `modules.serve_in` gives it another dtype before.
 
     source:     the ModelSource whose `skeleton` rebuilds the float architecture; "" = whoever loads passes it
     adapter:    the ModelAdapter whose `prepare` the model went through
