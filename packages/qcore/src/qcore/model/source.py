@@ -87,7 +87,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
-        if param is not None:
+        # a parameter that is on meta already is registered a second time because it is tied: it must stay one object
+        if param is not None and not param.is_meta:
             kept = self._parameters[name]
             assert kept is not None
             self._parameters[name] = nn.Parameter(kept.to("meta"), requires_grad=False)
