@@ -124,6 +124,10 @@ class Float(NumberFormat):
             raise SpecError(
                 f"a minifloat has at least 1 exponent bit and at most 8 bits in all, got exponent={self.exponent}, mantissa={self.mantissa}"
             )
+        if self.special not in ("none", "nan", "ieee"):
+            raise SpecError(f"unknown special patterns {self.special!r} of a minifloat; have: none, nan, ieee")
+        if self._top < 1:
+            raise SpecError(f"{self} has no number but zero: all other patterns are special; give it a mantissa bit, or special 'none'")
 
     @property
     def bits(self) -> int:
@@ -151,7 +155,8 @@ class Float(NumberFormat):
         x = x.float()
         magnitude = x.abs().clamp(max=self.hi)
         _, e = torch.frexp(magnitude)  # magnitude = f · 2^e with f in [1/2, 1)
-        e = (e - 1).clamp(min=self._lowest_exponent)
+        # frexp gives zero the exponent 0, which would be a normal number's
+        e = torch.where(magnitude == 0, self._lowest_exponent, e - 1).clamp(min=self._lowest_exponent)
         # in units of the last place: torch.round is half to even, and a carry into the next exponent is the next pattern by itself
         units = torch.ldexp(magnitude, self.mantissa - e).round()
         pattern = (((e - self._lowest_exponent) << self.mantissa) + units.int()).clamp(max=self._top)
