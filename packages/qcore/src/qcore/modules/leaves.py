@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from qcore.errors import SpecError
+from torch import nn
 
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),

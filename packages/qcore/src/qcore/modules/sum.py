@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
-
 from qcore.modules.leaves import build_leaf, leaf_config
+from torch import Tensor, nn
 
 
 class Sum(nn.Module):
     """y = coarse(x) + fine(x): one layer whose weight was split, each part with a spec of its own.
 
-    Coarse and fine weight splitting (a 1 × 1 convolution beside the 3 × 3), low-rank corrections, single channels kept apart: all are this module.  Its
-    children are ordinary leaves, quantized in place like any other.
+    Coarse and fine weight splitting (a 1 × 1 convolution beside the 3 × 3), low-rank corrections, single channels kept apart: all are this module.
+    Its children are ordinary leaves, quantized in place like any other.
 
     fine_channels: the input channels that `fine` reads; None: all of them.  [k]
     channel_axis:  where the channels lie in x: -1 for linear layers, 1 for convolutions

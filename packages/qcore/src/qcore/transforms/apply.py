@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from qcore.errors import NotFound
 from qcore.model.adapter import tied_names
 from qcore.model.reader import DictReader, TensorReader
+from qcore.model.tap import attach
 from qcore.modules.hadamard import OnlineHadamard
 from qcore.modules.online import Online
 from qcore.modules.sum import Sum
-from qcore.model.tap import attach
 from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
 
 INSERTABLE: Mapping[str, type[Any]] = {cls.name: cls for cls in (OnlineHadamard, Sum)}
@@ -26,7 +26,7 @@ def build_insert(insert: Insert, modules: Mapping[str, type[Any]] | None = None)
     if config.type not in classes:
         raise NotFound(f"a rewrite inserts a module of type {config.type!r}, which is not registered; there are: {', '.join(sorted(classes))}")
     module = classes[config.type].from_config(dict(config.config))
-    missing, unknown = module.load_state_dict(dict(config.tensors), strict=False)
+    _, unknown = module.load_state_dict(dict(config.tensors), strict=False)
     if unknown:
         raise NotFound(f"module type {config.type!r} has no buffer {unknown[0]!r}, which the rewrite wants to fill")
     return module

@@ -57,11 +57,11 @@ class AWQScale(Transform):
                 rewrite = rewrite.then(scale_link(link, 1 / s))
         return cut_ties(rewrite, model, topology.ties)
 
-    def search(
-        self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader
-    ) -> Tensor:
+    def search(self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
         """The s of the best α.  [C] float64"""
-        mean = torch.stack([input_channels(link, p, seen_at(site_of(p).input, Moments.name, seen).mean_abs, reader, model) for p in link.reads]).mean(0)
+        mean = torch.stack([input_channels(link, p, seen_at(site_of(p).input, Moments.name, seen).mean_abs, reader, model) for p in link.reads]).mean(
+            0
+        )
         readers = [_Reader(link, p, site, spec, seen, model, reader) for p in link.reads for site, spec in specs_of(p, specs).items()]
         best, least = torch.ones_like(mean), float("inf")
         for step in range(self.grid):

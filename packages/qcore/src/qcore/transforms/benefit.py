@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.observers import Gram
+from qcore.model.layers import layout
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec, fake_quantize
-from qcore.model.layers import layout
 from qcore.transforms.base import Transform
 from qcore.transforms.channels import seen_at, site_matrix
 from qcore.transforms.rewrite import Put, Rewrite, owner_of
@@ -46,9 +46,7 @@ def touched_sites(rewrite: Rewrite, specs: Mapping[Site, QuantSpec]) -> tuple[Si
     return tuple(s for s in specs if (edits := rewrite.edits.get(s.param)) and not any(isinstance(e, Put) for e in edits))
 
 
-def benefit(
-    rewrite: Rewrite, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader
-) -> Benefit:
+def benefit(rewrite: Rewrite, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Benefit:
     """Round each touched weight to its spec as it is, and as rewritten; compare in the original model's inputs and outputs.
 
     The rounded rewritten weight is taken back through the inverse of its edits, which is the same as carrying the Gram matrix forward.
@@ -116,5 +114,7 @@ class IfBeneficial(Transform):
         reduction = benefit(rewrite, specs, seen, model, reader).reduction
         if reduction > self.least:
             return rewrite
-        note = f"{self.transform.name}: left out, it would change the predicted error of the weights by {-reduction:+.1%}, wanted a fall of {self.least:.1%}"
+        note = (
+            f"{self.transform.name}: left out; the predicted error of the weights changes by {-reduction:+.1%}, wanted: less than {-self.least:+.1%}"
+        )
         return Rewrite(notes=(*rewrite.notes, note))

@@ -33,7 +33,9 @@ def specs_of(port: Port, specs: Mapping[Site, QuantSpec]) -> dict[Site, QuantSpe
 def seen_at(site: Site, observer: str, seen: Mapping[Site, Seen]) -> Any:
     """What `observer` saw at `site`; CalibrationError where it saw nothing."""
     if site not in seen or observer not in seen[site]:
-        raise CalibrationError(f"observer {observer!r} saw nothing at {site}; the calibration data never reached it, or the transform did not ask for it")
+        raise CalibrationError(
+            f"observer {observer!r} saw nothing at {site}; the calibration data never reached it, or the transform did not ask for it"
+        )
     return seen[site][observer]
 
 

@@ -43,7 +43,9 @@ class FoldNorm(Transform):
             direct = any(path in other.through and set(link.reads) <= set(other.reads) for other in topology.links)
             for param, edit in _fold(link, direct, model, reader, notes).items():
                 if param in edits and any(param == p.param for p in link.writes):
-                    raise SpecError(f"{param} writes two links, {link.name!r} among them; the adapter must give one norm one link with all its readers")
+                    raise SpecError(
+                        f"{param} writes two links, {link.name!r} among them; the adapter must give one norm one link with all its readers"
+                    )
                 edits[param] = edits.get(param, ()) + edit
         return cut_ties(Rewrite(edits=edits, notes=tuple(notes)), model, topology.ties)
 
@@ -80,7 +82,10 @@ def _fold(link: Link, direct: bool, model: nn.Module, reader: TensorReader, note
         if not reasons:
             for port in link.reads:
                 name = _bias_name(port)
-                edits[name] = (*edits.get(name, ()), Shift(Port(name, "out"), _through(port, reader[port.param].double(), repeat_channels(bias, link, port), model)))
+                edits[name] = (
+                    *edits.get(name, ()),
+                    Shift(Port(name, "out"), _through(port, reader[port.param].double(), repeat_channels(bias, link, port), model)),
+                )
             edits[ports["bias"].param] = (Put(ports["bias"], torch.zeros_like(bias)),)
         elif bool(((gain == 0) & (bias != 0)).any()):
             notes.append(f"{link.name}: the norm's bias must stay ({reasons[0]}), and it cannot be divided by a gain that is zero; left alone")

@@ -55,7 +55,9 @@ class HadamardRotate(Transform):
             size = link.size // link.heads
             block = largest_block(size)
             if block < size and self.odd_sizes == "refuse":
-                raise SpecError(f"link {link.name!r}: no Hadamard matrix of size {size} is known; use odd_sizes='block' (blocks of {block}) or leave it out")
+                raise SpecError(
+                    f"link {link.name!r}: no Hadamard matrix of size {size} is known; use odd_sizes='block' (blocks of {block}) or leave it out"
+                )
             if block < size:
                 notes.append(f"link {link.name}: no Hadamard matrix of size {size} is known, rotated in blocks of {block}")
             rewrite = rewrite.then(hadamard_link(link, random_signs(link.size, self.seed + i), block))
@@ -64,7 +66,9 @@ class HadamardRotate(Transform):
         for i, site in enumerate(self._online_sites(topology)):
             rewrite = rewrite.then(online_rotation(site, model, self.seed + 7919 * (i + 1)))
         if rewrite.empty:
-            raise SpecError("there is nothing to rotate: no link of this topology allows ROTATE, and `online` matches no site; leave HadamardRotate out")
+            raise SpecError(
+                "there is nothing to rotate: no link of this topology allows ROTATE, and `online` matches no site; leave HadamardRotate out"
+            )
         return cut_ties(Rewrite(**{**rewrite.__dict__, "notes": tuple(notes)}), model, topology.ties)
 
     def _online_sites(self, topology: Topology) -> list[Site]:
@@ -93,7 +97,9 @@ def require_folded(link: Link, topology: Topology, model: nn.Module, reader: Ten
             if name != "bias" and bool((value != value.flatten()[0]).any()):
                 gain = value + gains.get(f"{path}.{name}", 0.0)
                 spread = f"{float(gain.min()):.3g} … {float(gain.max()):.3g}"
-                raise SpecError(f"link {link.name!r} passes {path}, whose gains differ ({spread}): a rotation needs them folded; put FoldNorm() before")
+                raise SpecError(
+                    f"link {link.name!r} passes {path}, whose gains differ ({spread}): a rotation needs them folded; put FoldNorm() before"
+                )
 
 
 def online_rotation(site: Site, model: nn.Module, seed: int) -> Rewrite:
@@ -102,7 +108,7 @@ def online_rotation(site: Site, model: nn.Module, seed: int) -> Rewrite:
     A size without a Hadamard matrix is padded with zeros: activations by the module, the weight's new columns likewise.
     """
     module = model.get_submodule(site.module)
-    if not isinstance(module, nn.Linear) and layout(module, site.tensor).parts != 1 or hasattr(module, "kernel_size"):
+    if (not isinstance(module, nn.Linear) and layout(module, site.tensor).parts != 1) or hasattr(module, "kernel_size"):
         raise SpecError(f"{site}: only the input of a linear layer is rotated at run time, this is a {type(module).__name__}")
     size = module.in_features if isinstance(module, nn.Linear) else layout(module, site.tensor).matrix(getattr(module, site.tensor)).shape[1]
     padded = padded_size(size)
