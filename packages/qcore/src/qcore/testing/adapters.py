@@ -19,7 +19,7 @@ from qcore.transforms.rewrite import Rewrite, cut_ties, owner_of, permute_link, 
 
 CHANGED = 1e-6  # a rewrite of one side alone must move the outputs by more than this, relative to the largest
 HINTS = {
-    Invariance.SCALE: "if a GELU, SiLU or softmax lies between, it allows only PERMUTE; with RoPE say share= and rotary_dims=; check repeat= and gain=",
+    Invariance.SCALE: "a GELU, SiLU or softmax between allows only PERMUTE; with RoPE say share= and rotary_dims=; check repeat= and gain=",
     Invariance.PERMUTE: "check heads= and repeat=, and that norms between are named in through=",
     Invariance.ROTATE: "nothing but norms without gain may lie between; a LayerNorm's mean does not commute; check heads= and repeat=",
 }
@@ -125,13 +125,8 @@ def _axis_size(port: Port, model: nn.Module) -> int:
 
 def _check_covered(topology: Topology, model: nn.Module) -> None:
     covered = covered_axes(topology)
-    missing = [
-        f"{name}.{axis}"
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if p.ndim > 1
-        for axis in ("out", "in")
-        if (name, axis) not in covered
-    ]
+    matrices = [name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1]
+    missing = [f"{name}.{axis}" for name in matrices for axis in ("out", "in") if (name, axis) not in covered]
     assert not missing, (
         f"{len(missing)} axes of weights are in no link and not blocked: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; "
         "add a link, or Topology.blocked[Port(name, axis)] = the reason why no rewrite may touch it"
@@ -172,8 +167,8 @@ def _check_sites(adapter: ModelAdapter, topology: Topology, model: nn.Module, ba
     outputs(adapter, probe, batch)
     silent = [name for name, count in counts.items() if not count()]
     assert not silent, (
-        f"{len(silent)} sites were not reached in one forward pass: {', '.join(silent[:4])}; a mixer that reads weights directly needs tap() calls in "
-        "the adapter's prepare(), and a batch must reach every expert"
+        f"{len(silent)} sites were not reached in one forward pass: {', '.join(silent[:4])}; a mixer that reads weights directly needs tap() "
+        "calls (the adapter's prepare() puts them in), and a batch must reach every expert"
     )
 
 

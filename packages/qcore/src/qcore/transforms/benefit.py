@@ -114,7 +114,5 @@ class IfBeneficial(Transform):
         reduction = benefit(rewrite, specs, seen, model, reader).reduction
         if reduction > self.least:
             return rewrite
-        note = (
-            f"{self.transform.name}: left out; the predicted error of the weights changes by {-reduction:+.1%}, wanted: less than {-self.least:+.1%}"
-        )
+        note = f"{self.transform.name}: left out; the weights' predicted error changes by {-reduction:+.1%}, wanted: less than {-self.least:+.1%}"
         return Rewrite(notes=(*rewrite.notes, note))
