@@ -4,6 +4,7 @@ Every class is checked by what its protocol promises, and by nothing else: laws 
 """
 
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -397,18 +398,22 @@ def check_kernel(
     assert y.shape == (2, 3, shape[0]), f"{name}: leading axes [2, 3] came out as {tuple(y.shape[:-1])}"
 
 
-def check_module(module: RuntimeModule, *inputs: Tensor) -> None:
-    """A run-time module is rebuilt from its JSON-ready config and its state_dict, and can be copied."""
+def check_module(module: RuntimeModule, *inputs: Tensor, registry: Any = None) -> None:
+    """A run-time module is rebuilt from its JSON-ready config and its state_dict, and can be copied.
+
+    registry: for modules whose `from_config` asks for one, to find formats and packings by name
+    """
     name = f"module {module.name!r}"
     config = json.loads(json.dumps(module.config()))
     assert isinstance(module, nn.Module), f"{name} is no nn.Module"
-    twin = type(module).from_config(config)
+    make = type(module).from_config
+    twin = make(config, registry=registry) if "registry" in inspect.signature(make).parameters else make(config)
     state = module.state_dict()
     fresh = twin.state_dict()
     assert set(fresh) == set(state), f"{name}: from_config(config()) lacks or adds {sorted(set(fresh) ^ set(state))[:3]} of the state"
     wrong = [n for n in state if fresh[n].shape != state[n].shape or fresh[n].dtype != state[n].dtype]
     assert not wrong, f"{name}: from_config(config()) makes {wrong[0]!r} with another shape or dtype, so a checkpoint cannot fill it"
-    twin.load_state_dict(state)
+    twin.load_state_dict(state, assign=True)  # fresh parameters may be on meta
     assert json.loads(json.dumps(twin.config())) == config, f"{name}: config() changes on the way through from_config"
     with torch.no_grad():
         y = module(*inputs)
