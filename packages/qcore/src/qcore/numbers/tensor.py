@@ -214,16 +214,19 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     """The format's fitted parts for already normalized values `z`, per tensor or per block."""
     fmt = spec.format
     shape = tuple(z.shape)
+    block = spec.granularity.block(shape)
+    if fmt.per_block and weight is None and any(d % b for d, b in zip(shape, block, strict=True)):
+        # blocks at the edges are filled up with zeros, which count for nothing
+        weight = torch.ones_like(z)
 
     def lay(t: Tensor) -> Tensor:
-        rows = t.reshape(1, -1) if not fmt.per_block else to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = to_blocks(t, block).flatten(0, -2) if fmt.per_block else t.reshape(1, -1)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
     if not fmt.per_block:
         return {name: p[0] for name, p in fitted.items()}
-    blocks = grid(shape, spec.granularity.block(shape))
-    return {name: p.unflatten(0, blocks) for name, p in fitted.items()}
+    return {name: p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
