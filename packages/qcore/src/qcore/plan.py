@@ -22,7 +22,7 @@ from qcore.model.topology import Site, Topology
 from qcore.numbers import QTensor, QuantSpec
 from qcore.numbers.granularity import Shape, grid
 from qcore.ops.kernel import Choice, Job, choose
-from qcore.packing import choose_packing
+from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
 from qcore.recipe import Recipe
 
@@ -266,7 +266,7 @@ class _Planner:
             if name is not None and (why := self.packings[name].refuses(spec, shape)):
                 self._problem(site, f"packing {name!r} refuses {spec}: {why}; leave `packing` out, and one that accepts is chosen")
                 return None
-            return self.packings[name] if name is not None else choose_packing(self.packings.values(), spec, shape, activation)
+            return self.packings[name] if name is not None else first_that_accepts(self.packings.values(), spec, shape, activation)
         except KeyError:
             self._problem(site, f"there is no packing {name!r}; have: {', '.join(self.packings)}")
         except QcoreError as e:
