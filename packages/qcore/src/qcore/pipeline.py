@@ -305,7 +305,7 @@ class _Run:
         if any(site.part is not None or site.tensor != "weight" for site in solved):
             packed = {}
             for site, q in solved.items():
-                packed[(site.tensor, site.part)] = (q, self._packing(site, q.shape))
+                packed[(site.tensor, site.part)] = Stored(weight=q, packing=self._packing(site, q.shape), activation=self._activation(site))
             self.model.set_submodule(path, quantized_stack(leaf, packed))
             return
         q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter
@@ -21,7 +23,6 @@ from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
 from qcore.model.topology import Block, Site
 from qcore.modules.online import Online
-from torch import Tensor, nn
 
 Progress = Callable[[str, int, int], None]
 
