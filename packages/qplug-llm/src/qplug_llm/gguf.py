@@ -42,7 +42,9 @@ class _Cursor:
 
     def skip(self, n: int) -> int:
         if n < 0 or self.at + n > len(self.data):
-            raise CheckpointError(f"{self.path}: the header ends in the middle of a value (byte {self.at}); the file is truncated or corrupt, fetch it again")
+            raise CheckpointError(
+                f"{self.path}: the header ends in the middle of a value (byte {self.at}); the file is truncated or corrupt, fetch it again"
+            )
         self.at += n
         return self.at - n
 
@@ -112,7 +114,9 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: {name} is of ggml type {kind}, which the installed gguf package does not know; update it") from e
         block, size = GGML_QUANT_SIZES[ggml]
         if not shape or shape[-1] % block:
-            raise CheckpointError(f"{self.path}: {name} has shape {shape}, rows must be a multiple of {ggml.name}'s block of {block}; the file is corrupt")
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {shape}, rows must be a multiple of {ggml.name}'s block of {block}; the file is corrupt"
+            )
         total = prod(shape) // block * size
         if start + total > len(self._bytes):
             raise CheckpointError(
@@ -215,9 +219,7 @@ class GGUFReader:
             raise NotFound(f"{self._file.path} has no tensor for {name!r}")
         stored = self._names[name]
         rest: dict[str, dict[str, Tensor]] = {"tensors": {}}
-        done = self._processor.process(
-            weights=self._file.values(stored), name=stored, tensor_key_mapping={stored: name}, parsed_parameters=rest
-        )
+        done = self._processor.process(weights=self._file.values(stored), name=stored, tensor_key_mapping={stored: name}, parsed_parameters=rest)
         # some processors put a tensor where they want it and return no name
         value = rest["tensors"].get(name) if done.name is None else torch.from_numpy(np.ascontiguousarray(done.weights))
         if value is None:
@@ -253,7 +255,11 @@ def _is_plain(file: GGUFFile) -> bool:
     """Whether transformers' table alone makes the configuration; its reader has special cases for the others, and is asked then (slowly)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return file.architecture in ("llama", "qwen2", "qwen3", "phi3", "gpt2", "gemma2") and file.architecture in CONFIG_MAPPING and file.metadata.get("general.name") != "mistral"
+    return (
+        file.architecture in ("llama", "qwen2", "qwen3", "phi3", "gpt2", "gemma2")
+        and file.architecture in CONFIG_MAPPING
+        and file.metadata.get("general.name") != "mistral"
+    )
 
 
 def tokenizer_of(path: Path) -> Any:

@@ -13,9 +13,7 @@ from qcore.model.source import LoadedModel, ModelSource, load_source
 DATA = Path(str(resources.files("qzoo") / "data"))
 TEXT = DATA / "text"
 
-_SMOLLM2_NOTE = (
-    "weights are dequantized Q4_1 (the file's own format): asymmetric 4-bit group 32 would reproduce them exactly and is not reported",
-)
+_SMOLLM2_NOTE = ("weights are dequantized Q4_1 (the file's own format): asymmetric 4-bit group 32 would reproduce them exactly and is not reported",)
 
 
 class Zoo(ModelSource):

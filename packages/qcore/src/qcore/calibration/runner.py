@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
 from qcore.model.topology import Block, Site
-from torch import Tensor, nn
+from qcore.modules.online import Online
 
 Progress = Callable[[str, int, int], None]
 
@@ -276,6 +278,8 @@ class BlockRunner:
     def _watch(self, site: Site, see: Callable[..., None]) -> Callable[[], None]:
         """Hook or tap one site; returns how to take it away."""
         owner = self.feed.model.get_submodule(site.module)
+        if isinstance(owner, Online) and site.tensor == "input":
+            owner = owner.leaf  # a leaf's input is what it is multiplied with: behind what was put before it
         if site.tensor in ("input", "output"):
             rows_of = layout(owner).rows if site.tensor == "input" and hasattr(owner, "weight") else _flat
 
