@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.formats import NumberFormat
 from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
@@ -107,7 +108,7 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    ideal = torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+    ideal = torch.where(empty, 1.0 if _has_zero(fmt) else 0.0, ideal)
     parts = store_scale(ideal, spec)
     if spec.offset is Offset.CODE:
         s = stored_scale(parts, spec, tuple(ideal.shape))
@@ -115,12 +116,18 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
         parts["offset"] = zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
     elif spec.offset is Offset.VALUE:
         s = stored_scale(parts, spec, tuple(ideal.shape))
-        parts["offset"] = _stored(low - fmt.lo * s, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
+        exact = torch.where(empty, 0.0, low - fmt.lo * s)
+        parts["offset"] = _stored(exact, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
     return parts
 
 
-def _lacks_zero(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+@lru_cache
+def _has_zero(fmt: NumberFormat) -> bool:
+    """Whether zero is one of the format's numbers: not for one signed bit, and nobody knows for fitted ones."""
+    if fmt.parts:
+        return False
+    zero = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
+    return not fmt.decode(fmt.encode(zero)).any()
 
 
 def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
