@@ -406,7 +406,7 @@ def check_module(module: RuntimeModule, *inputs: Tensor, registry: Any = None) -
     name = f"module {module.name!r}"
     config = json.loads(json.dumps(module.config()))
     assert isinstance(module, nn.Module), f"{name} is no nn.Module"
-    make = type(module).from_config
+    make: Any = type(module).from_config
     twin = make(config, registry=registry) if "registry" in inspect.signature(make).parameters else make(config)
     state = module.state_dict()
     fresh = twin.state_dict()
