@@ -148,12 +148,22 @@ def registry(texts: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @dataclass
+class Proof:
+    level: str
+    max_difference: float
+    max_output: float = 2.0
+    tolerance: float = 1e-3
+    loader: str = "pretend.load"
+
+
+@dataclass
 class Pretend:
     """Steps that do as little as possible; `fail` maps a step's name to what it raises."""
 
     fail: dict[str, BaseException] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
     batches: list[Any] = field(default_factory=list)
+    level: str = "identical"
 
     def steps(self) -> Steps:
         return Steps(self.float_forward, self.quantize_model, self.save, self.prove, self.load)
@@ -180,13 +190,15 @@ class Pretend:
         )
         return SimpleNamespace(model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"])
 
-    def save(self, result: Any, loaded: LoadedModel, recipe: Any, folder: Path) -> None:
-        save_file({k: v.clone() for k, v in result.model.state_dict().items()}, folder / "model.safetensors")
+    def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
+        assert options["adapter"] == options["source"] == "toy" and options["record"]["seed"] == 0
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         self._step("save")
 
-    def prove(self, folder: Path, result: Any, registry: Any) -> dict[str, Any]:
+    def prove(self, folder: Path, model: nn.Module, batches: Any, *, outputs: Any, registry: Any) -> Any:
         self._step("prove")
-        return {"level": "reopened"}
+        assert outputs(model, batches[0]).shape[0] == 1
+        return Proof(self.level, 0.25)
 
     def load(self, folder: Path, *, registry: Any) -> nn.Module:
         self._step("load")

@@ -47,7 +47,7 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     assert report["size"]["after_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     assert report["data"]["calibration"]["tokens"] == 512 and len(report["data"]["evaluation"]["sha256"]) == 64
     assert report["memory"]["peak_bytes"] > report["memory"]["anonymous_bytes"] > 0
-    assert report["proof"] == {"level": "reopened"} and report["sites"][0]["site"] == "mix:weight"
+    assert report["proof"]["level"] == "identical" and report["sites"][0]["site"] == "mix:weight"
 
 
 def test_the_same_run_gives_the_same_report_but_for_time_and_memory(run, pretend) -> None:
@@ -146,6 +146,13 @@ def test_a_target_that_is_a_file_is_refused(run, pretend, tmp_path: Path) -> Non
     assert done.code == 2 and "-o out is a file; name a folder" in done.err
 
 
+def test_a_checkpoint_that_reopens_as_another_model_is_not_kept(run, pretend, tmp_path: Path) -> None:
+    pretend.level = "different"
+    done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
+    assert done.code == 2 and "loads with pretend.load, but its outputs differ from the saved model's by 0.25" in done.err
+    assert files(tmp_path) == ["texts"]
+
+
 @pytest.mark.parametrize("step", ["float_forward", "quantize_model", "save", "prove", "load"])
 def test_ctrl_c_at_any_step_leaves_nothing_and_ends_with_130(run, pretend, tmp_path: Path, step: str) -> None:
     pretend.fail[step] = KeyboardInterrupt()
@@ -155,7 +162,7 @@ def test_ctrl_c_at_any_step_leaves_nothing_and_ends_with_130(run, pretend, tmp_p
 
 
 def test_a_polite_kill_cleans_up_too(run, pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretend, "prove", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pretend, "prove", lambda *a, **b: os.kill(os.getpid(), signal.SIGTERM))
     done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
     assert done.code == 130 and files(tmp_path) == ["texts"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
