@@ -15,7 +15,15 @@ from qplug_llm import attention
 
 # words in names of sizes that are neither heads nor the hidden size: all become small and pairwise different
 _SIZES = ("intermediate", "inner", "ffn", "ff_dim", "d_ff", "rank", "proj_dim", "mlp_dim", "width")
-_COUNTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_top_k": 2}
+_COUNTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_top_k": 2,
+}
 
 
 @dataclass(frozen=True)

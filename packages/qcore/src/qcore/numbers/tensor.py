@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.formats import NumberFormat
 from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
@@ -96,7 +97,7 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     ideal = ideal_scale(low, high, spec)
     parts = store_scale(ideal, spec)
     if spec.offset is not Offset.NONE:
-        parts["offset"] = offset_part(low, stored_scale(parts, spec, tuple(ideal.shape)), spec)
+        parts["offset"] = offset_part(low, high, stored_scale(parts, spec, tuple(ideal.shape)), spec)
     return parts
 
 
@@ -116,20 +117,26 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    return torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+    return torch.where(empty, 1.0 if _has_zero(fmt) else 0.0, ideal)
 
 
-def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block."""
+def offset_part(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block; 0 for blocks of zeros."""
     fmt, low = spec.format, low.float()
     if spec.offset is Offset.CODE:
         zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
         return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
+    exact = torch.where((high - low) <= 0, 0.0, low - fmt.lo * scale)
+    return _stored(exact, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
-def _lacks_zero(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+@lru_cache
+def _has_zero(fmt: NumberFormat) -> bool:
+    """Whether zero is one of the format's numbers: not for one signed bit, and nobody knows for fitted ones."""
+    if fmt.parts:
+        return False
+    zero = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
+    return not fmt.decode(fmt.encode(zero)).any()
 
 
 def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
@@ -214,16 +221,19 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     """The format's fitted parts for already normalized values `z`, per tensor or per block."""
     fmt = spec.format
     shape = tuple(z.shape)
+    block = spec.granularity.block(shape)
+    if fmt.per_block and weight is None and any(d % b for d, b in zip(shape, block, strict=True)):
+        # blocks at the edges are filled up with zeros, which count for nothing
+        weight = torch.ones_like(z)
 
     def lay(t: Tensor) -> Tensor:
-        rows = t.reshape(1, -1) if not fmt.per_block else to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = to_blocks(t, block).flatten(0, -2) if fmt.per_block else t.reshape(1, -1)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
     if not fmt.per_block:
         return {name: p[0] for name, p in fitted.items()}
-    blocks = grid(shape, spec.granularity.block(shape))
-    return {name: p.unflatten(0, blocks) for name, p in fitted.items()}
+    return {name: p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
