@@ -87,7 +87,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
-        if param is not None:
+        if param is not None and not param.is_meta:  # one on meta may be tied: it stays the same object
             kept = self._parameters[name]
             assert kept is not None
             self._parameters[name] = nn.Parameter(kept.to("meta"), requires_grad=False)

@@ -1,6 +1,6 @@
 """`QTensor`, and the three verbs: `quantize` makes codes, `dequantize` makes values, `fake_quantize` makes values on the grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -92,8 +92,17 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
     """
+    ideal = ideal_scale(low, high, spec)
+    parts = store_scale(ideal, spec)
+    if spec.offset is not Offset.NONE:
+        parts["offset"] = offset_part(low, stored_scale(parts, spec, tuple(ideal.shape)), spec)
+    return parts
+
+
+def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of each block that covers [low, high], before it is rounded to what is stored; see `scale_parts`.  [g0, g1, …] float32"""
     fmt = spec.format
     low, high = low.float(), high.float()
     if spec.offset is Offset.NONE:
@@ -108,17 +117,16 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    ideal = torch.where(empty, 1.0 if _has_zero(fmt) else 0.0, ideal)
-    parts = store_scale(ideal, spec)
+    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
+
+
+def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block."""
+    fmt, low = spec.format, low.float()
     if spec.offset is Offset.CODE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        zero = (fmt.lo - low / torch.where(s == 0, 1.0, s)).round().clamp(fmt.lo, fmt.hi)
-        parts["offset"] = zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    elif spec.offset is Offset.VALUE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        exact = torch.where(empty, 0.0, low - fmt.lo * s)
-        parts["offset"] = _stored(exact, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
-    return parts
+        zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
+        return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
+    return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
 @lru_cache
@@ -230,3 +238,29 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
     """`x` on the spec's grid: quantize, then dequantize.  Same shape and dtype."""
     return quantize(x, spec, parts).dequantize().to(x.dtype)
+
+
+def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
+    """One tensor from pieces that lie below each other, all of one spec: [N1, K], [N2, K] … → [N1 + N2 + …, K].
+
+    SpecError when scales or fitted parts are shared by rows of different pieces.
+    """
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    shape = (sum(q.shape[0] for q in pieces), *first.shape[1:])
+    spec = first.spec
+    if any(q.spec != spec for q in pieces):
+        raise SpecError(f"pieces of one weight have different specs: {', '.join(sorted({str(q.spec) for q in pieces}))}; give them one rule")
+    shared_parts = bool(spec.format.parts) and not spec.format.per_block
+    nested = isinstance(spec.scale, QuantSpec) and spec.scale.scaled
+    if (
+        shared_parts
+        or nested
+        or (spec.scaled and any(q.shape[0] % q.block[0] for q in pieces[:-1]))
+        or (spec.scaled and len({q.block[0] for q in pieces}) > 1)
+    ):
+        raise SpecError(f"{spec} shares numbers between the rows of pieces that are solved apart; use granularity 'channel' or 'group'")
+    if spec.scaled and first.block[0] == first.shape[0] > 1:
+        raise SpecError(f"{spec} has one scale for all rows, but they are solved in pieces; use granularity 'channel' or 'group'")
+    return QTensor(spec, {name: torch.cat([q.parts[name] for q in pieces]) for name in first.parts}, shape)
