@@ -92,12 +92,12 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
     """
     ideal = ideal_scale(low, high, spec)
     parts = store_scale(ideal, spec)
     if spec.offset is not Offset.NONE:
-        parts["offset"] = offset_part(low, high, stored_scale(parts, spec, tuple(ideal.shape)), spec)
+        parts["offset"] = offset_part(low, stored_scale(parts, spec, tuple(ideal.shape)), spec)
     return parts
 
 
@@ -117,17 +117,16 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    return torch.where(empty, 1.0 if _has_zero(fmt) else 0.0, ideal)
+    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
 
 
-def offset_part(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block; 0 for blocks of zeros."""
+def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block."""
     fmt, low = spec.format, low.float()
     if spec.offset is Offset.CODE:
         zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
         return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    exact = torch.where((high - low) <= 0, 0.0, low - fmt.lo * scale)
-    return _stored(exact, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
+    return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
 @lru_cache

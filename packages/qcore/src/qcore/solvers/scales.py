@@ -209,7 +209,7 @@ class Lattice:
         if sign < 0:
             return self._round(g, -ideal_scale(-high, -low, self.spec)), None
         scale = self._round(g, ideal_scale(low, high, self.spec))
-        return scale, None if self.offset is None else offset_part(low, high, scale, self.spec).float()
+        return scale, None if self.offset is None else offset_part(low, scale, self.spec).float()
 
     def _round(self, g: int, ideal: Tensor) -> Tensor:
         """Scales of group g as they are stored.  [R] → [R]"""
