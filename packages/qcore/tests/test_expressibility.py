@@ -17,6 +17,7 @@ from qcore.checkpoint.journal import Journal
 from qcore.errors import CalibrationError, CheckpointError
 from qcore.model import Block, Invariance, Link, ModelAdapter, Port, RunContext, Site, Tap, Topology, tap
 from qcore.modules.leaves import leaf_config
+from qcore.modules.replace import register_stack
 from qcore.numbers import Codebook, Int, PerChannel, PerGroup, QuantSpec, fake_quantize, int_activation, int_weight
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plugins.registry import Registry
@@ -214,6 +215,25 @@ class Experts(nn.Module):
         return out.reshape(x.shape)
 
 
+class QuantizedExperts(Experts):
+    """Its run-time form: packed matrices, unpacked when they are used."""
+
+    def __init__(self, router: nn.Module, pieces: Mapping[tuple[str, int | None], Any]) -> None:
+        nn.Module.__init__(self)
+        self.router, self.pieces = router, pieces
+
+    def dequantized(self, name: str) -> Tensor:
+        return torch.stack(
+            [s.packing.unpack(s.packing.pack(s.weight), s.weight.spec, s.weight.shape).dequantize() for (n, _), s in self.pieces.items() if n == name]
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return self.dequantized(name) if name in ("up", "down") else super().__getattr__(name)
+
+
+register_stack(lambda m: type(m) is Experts, lambda m, pieces: QuantizedExperts(m.router, pieces))
+
+
 class ExpertsAdapter(ModelAdapter):
     name = "test-experts"
 
@@ -357,7 +377,13 @@ def test_a_site_that_no_batch_reaches_is_an_error_that_names_it(registry):
             pass  # the mixer stays as it is: dt_proj is never called
 
     with pytest.raises(CalibrationError, match=r"0\.dt_proj:input.*gram"):
-        quantize_model(load_in_memory(nn.Sequential(Mixer())), recipe(), [torch.randn(1, 3, 8)], registry=registry, adapter=Blind())
+        quantize_model(
+            load_in_memory(nn.Sequential(Mixer())),
+            recipe(rules=(Rule("*:weight", int_weight(8)),)),
+            [torch.randn(1, 3, 8)],
+            registry=registry,
+            adapter=Blind(),
+        )
 
 
 # 5 -----------------------------------------------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import TRANSFORMS
+    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, Reorder, SmoothQuant, SplitColumns
 
-    return list(TRANSFORMS)
+    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
 
 
 @hookimpl
@@ -56,9 +56,9 @@ def qcore_packings():
 
 @hookimpl
 def qcore_kernels():
-    from qcore.ops import KERNELS
+    from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 
-    return list(KERNELS)
+    return [ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear]
 
 
 @hookimpl

@@ -75,9 +75,7 @@ def test_evaluating_on_the_calibration_text_is_refused(text: Path, tmp_path: Pat
 
 
 def test_a_text_that_is_too_short_says_found_needed_and_what_to_pass(text: Path) -> None:
-    with pytest.raises(
-        CalibrationError, match=r"text\.txt is too short: 900 tokens found, 1280 needed \(64 .*calibration\.samples=40"
-    ):
+    with pytest.raises(CalibrationError, match=r"text\.txt is too short: 900 tokens found, 1280 needed \(64 .*calibration\.samples=40"):
         TextFile(text).batches(Letters(), CalibrationSettings(samples=64, length=20))
     with pytest.raises(CalibrationError, match=r"900 tokens found, 4096 needed .*calibration\.length=450"):
         TextFile(text).batches(Letters(), CalibrationSettings(samples=2, length=2048))

@@ -14,9 +14,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from qcore.model.tap import tap, tap_key
+from torch import Tensor, nn
 
 NAME = "qcore"
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from qcore.errors import NotFound
-from qcore.model.adapter import ModelAdapter
+from qcore.model.adapter import ModelAdapter, tied_names
 from qcore.model.tap import RunContext
 from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topology
 from qcore.transforms.rewrite import Rewrite, scale_link
@@ -53,7 +53,9 @@ class DecoderLM(ModelAdapter):
         blocks = find_blocks(model)
         if blocks is None or model.get_output_embeddings() is None:
             return False
-        return any(hasattr(m, a) for m in model.get_submodule(blocks).modules() for a in ("num_key_value_groups", "num_heads", "head_dim", "is_causal"))
+        return any(
+            hasattr(m, a) for m in model.get_submodule(blocks).modules() for a in ("num_key_value_groups", "num_heads", "head_dim", "is_causal")
+        )
 
     def prepare(self, model: nn.Module) -> None:
         """Set the attention function "qcore" in place, where the model's attention can be set; without taps it calls sdpa itself."""
@@ -113,7 +115,11 @@ def _learn(carrier: _Frozen, cls: type, config: str, blocks: str, layers: tuple[
         facts = observe(small, blocks)
         bench = Bench(small)
     except Exception as e:  # whatever a foreign class raises: its links are refused, its sites remain
-        return Knowledge(None, {}, failure=f"no small twin of {cls.__name__} could be made and run ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''})")
+        return Knowledge(
+            None,
+            {},
+            failure=f"no small twin of {cls.__name__} could be made and run ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''})",
+        )
     if not bool(torch.isfinite(bench.base).all()):
         return Knowledge(None, {}, failure=f"the small twin of {cls.__name__} gives numbers that are not finite")
     verdicts: dict[tuple[int | None, str], Verdict] = {}
@@ -135,7 +141,9 @@ def _learn(carrier: _Frozen, cls: type, config: str, blocks: str, layers: tuple[
         judge(candidate)
     if residual is not None:
         judge(residual, _folded(bench, proven, residual.variants[0].through))
-    return Knowledge(facts, verdicts, own)
+    # a block of the real model that somebody rebuilt has no likeness in the twin
+    alike = tuple(real if twins[0] == real[0] else None for twins, real in zip(kinds(small, blocks), own, strict=True))
+    return Knowledge(facts, verdicts, alike)
 
 
 def _inside(gains: Mapping[str, float], block: str) -> dict[str, float]:
@@ -173,7 +181,7 @@ class _Assembly:
             for i, kind in enumerate(self.kind_of):
                 if kind is not None and facts.blocks[kind].attention:
                     activations += [Site(f"{self.path}.{i}.{facts.blocks[kind].attention}", t) for t in ("q", "k", "v", "p")]
-        return Topology(blocks, tuple(links), self._blocked(links), tuple(activations))
+        return Topology(blocks, tuple(links), self._blocked(links), tuple(activations), tied_names(self.model))
 
     def _links(self) -> list[Link]:
         facts = self.known.facts
@@ -254,7 +262,7 @@ class _Assembly:
             own = facts.blocks[kind]
             if rel not in own.linears:
                 return "it was not reached in the twin's pass"
-            if axis == "out" and any(s is not None and s.linear == rel for s in (own.q, own.k, own.v)) or (own.q_norm and axis == "out"):
+            if (axis == "out" and any(s is not None and s.linear == rel for s in (own.q, own.k, own.v))) or (own.q_norm and axis == "out"):
                 return "attention: what it writes is normed, turned or fused before it is read, and its channels are not shared otherwise"
         facts = self.known.facts
         whole = [k for k in self.kind_of if k is not None]

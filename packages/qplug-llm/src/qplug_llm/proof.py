@@ -55,11 +55,14 @@ class Bench:
     def gain_ports(self, paths: Iterable[str]) -> tuple[Port, ...]:
         """The vectors of norms, which a permutation moves too."""
         return tuple(
-            Port(f"{path}.{name}", "out") for path in paths for name, p in self.model.get_submodule(path).named_parameters(recurse=False) if p.ndim == 1
+            Port(f"{path}.{name}", "out")
+            for path in paths
+            for name, p in self.model.get_submodule(path).named_parameters(recurse=False)
+            if p.ndim == 1
         )
 
     def try_link(self, link: Link, kind: Invariance, first: Rewrite | None = None) -> str:
-        """"" when `kind` leaves the logits unchanged, else what was seen.  first: a rewrite that comes before (folded gains)"""
+        """ "" when `kind` leaves the logits unchanged, else what was seen.  first: a rewrite that comes before (folded gains)"""
         both = self._rewrite(link, kind)
         if first is not None:
             both = first.then(both)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from qcore.errors import CalibrationError, NotFound
 from torch import Tensor
+
+from qcore.errors import CalibrationError, NotFound
 
 TokenBatch = dict[str, Tensor]
 

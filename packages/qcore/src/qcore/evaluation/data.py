@@ -24,14 +24,15 @@ class TextPair:
     evaluation: TextFile | None
     held_out: bool = False
 
-    def note(self) -> str:
-        """One sentence for the report."""
+    def note(self, *, calibrated: bool = True) -> str:
+        """One sentence for the report.  calibrated: whether the recipe looked at calibration data at all"""
+        test = self.evaluation.path.name if self.evaluation else None
         if self.held_out:
-            assert self.calibration is not None
-            return f"calibrated on the first 80 % of {self.calibration.path.name}, evaluated on the last 20 % of it"
-        parts = [f"calibrated on {self.calibration.path.name}"] if self.calibration else ["no calibration data"]
-        parts.append(f"evaluated on {self.evaluation.path.name}" if self.evaluation else "no evaluation text")
-        return ", ".join(parts)
+            test = f"the last 20 % of {test}"
+        tested = f"evaluated on {test}" if test else "not evaluated: there is no evaluation text, pass --eval"
+        if self.calibration is None or not calibrated:
+            return f"no calibration data was needed, {tested}"
+        return f"calibrated on {'the first 80 % of ' if self.held_out else ''}{self.calibration.path.name}, {tested}"
 
 
 def choose_text(calib: Path | None, evaluation: Path | None, own_calib: Path | None = None, own_evaluation: Path | None = None) -> TextPair:

@@ -16,9 +16,9 @@ SCHEMA = 1
 class SiteRow:
     """One quantized weight.
 
-    site:    where;  spec: what is stored;  solver, kernel: who chose the codes, who multiplies
+    site:    where;  spec: what is stored;  solver, packing, kernel: who chose the codes, how they lie, who multiplies
     refused: (kernel, reason) of each better-ranked kernel that cannot run it
-    error:   the solver's own measure: relative error of the layer's output, or of the weight where no input was seen; None = not measured
+    error:   relative squared error, of what `of` says: the layer's "output", or the "weight" where no input was seen
     bits:    effective, of one weight, from packed bytes
     bytes:   packed;  values: how many weights;  seconds: of solving
     """
@@ -26,9 +26,11 @@ class SiteRow:
     site: str
     spec: str
     solver: str
+    packing: str
     kernel: str
     refused: tuple[tuple[str, str], ...]
-    error: float | None
+    error: float
+    of: str
     bits: float
     bytes: int
     values: int
@@ -45,8 +47,9 @@ class Report:
     size:    before_bytes and after_bytes of all weights as stored; effective_bits per quantized weight and quantized_values
     quality: the task's name and its scores, the float model's beside; None where there was no data to evaluate on
     sites:   one row per quantized weight;  left_float: parameter → why it was left float
-    seconds: by phase;  memory: bytes, see `MemoryMeter`
+    seconds: by step of the command;  phases: inside the quantization (some contain others);  memory: bytes, see `MemoryMeter`
     proof:   what was proved of the checkpoint
+    threads: of the matrix products; another number may give other bits
     """
 
     model: Mapping[str, Any]
@@ -58,9 +61,11 @@ class Report:
     left_float: Mapping[str, str] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     proof: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 1
 
     @property
     def kernels(self) -> dict[str, int]:

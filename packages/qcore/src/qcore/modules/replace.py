@@ -133,3 +133,26 @@ def _(module: nn.Embedding, stored: Stored) -> nn.Module:
 
 # transformers' Conv1D (GPT-2) keeps its weight [K, N]; as a matrix it is a linear layer like any other
 register_leaf(lambda module: _is_transposed_linear(module, "weight"), lambda module, stored: _linear(module, stored, transposed=True))
+
+
+# fused stacks: several matrices in one module, each solved apart -------------------------------------------------------------------------
+
+Pieces = Mapping[tuple[str, int | None], Stored]
+_STACKS: list[tuple[Callable[[nn.Module], bool], Callable[[Any, Pieces], nn.Module]]] = []
+
+
+def register_stack(matches: Callable[[nn.Module], bool], make: Callable[[Any, Pieces], nn.Module]) -> None:
+    """Teach the quantized form of a module with several matrices (fused experts): `make(module, {(parameter, part): stored})`."""
+    _STACKS.insert(0, (matches, make))
+
+
+def quantized_stack(module: nn.Module, pieces: Pieces) -> nn.Module:
+    """The module that computes what a fused stack does, from its parts; a SpecError where nobody taught how."""
+    for matches, make in _STACKS:
+        if matches(module):
+            return make(module, pieces)
+    names = ", ".join(f"{name}" if part is None else f"{name}[{part}]" for name, part in list(pieces)[:3])
+    raise SpecError(
+        f"no quantized module is known for {type(module).__name__} with its parts {names} …; register one with "
+        "`qcore.modules.replace.register_stack` in the plug-in that owns this layer"
+    )
