@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from qcore.model.source import parameters_on_meta
-from qcore.model.topology import Invariance, Link, Port, Topology, covered_axes
-from qcore.transforms.rewrite import Rewrite, permute_link, rotate_link, scale_link
+from qcore.model.topology import Invariance, Link, Port, Topology
+from qcore.testing import check_adapter
 from qplug_llm.decoder import DecoderLM, learn
 from qplug_llm.structure import find_blocks
 from torch import Tensor, nn
@@ -71,78 +71,10 @@ def ids() -> Tensor:
     return torch.randint(4, 97, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
-@torch.no_grad()
-def change(model: nn.Module, rewrite: Rewrite) -> float:
-    """Largest change of the logits by a rewrite, relative to the largest logit."""
-    params = dict(model.named_parameters(remove_duplicate=False))
-    new = {n: rewrite.tensor(n, params[n], model.get_submodule(n.rpartition(".")[0])) for n in rewrite.edits}
-    call = ((), {"input_ids": ids(), "use_cache": False})
-    before = model(**call[1]).logits
-    after = torch.func.functional_call(model, new, *call, tie_weights=False).logits
-    return float((after - before).abs().max() / before.abs().max())
-
-
-def random_rewrite(link: Link, kind: Invariance, model: nn.Module) -> Rewrite:
-    g = torch.Generator().manual_seed(11)
-    n = link.size // link.heads
-    if kind is Invariance.PERMUTE:
-        order = torch.cat([h * n + torch.randperm(n, generator=g) for h in range(link.heads)])
-        norms = [Port(f"{path}.{name}", "out") for path in link.through for name, _ in model.get_submodule(path).named_parameters()]
-        return permute_link(link, order, norms)
-    if kind is Invariance.ROTATE:
-        return rotate_link(link, torch.linalg.qr(torch.randn(link.heads, n, n, generator=g, dtype=torch.float64))[0])
-    t = (0.5 + 1.5 * torch.rand(link.heads, n, generator=g)).double()
-    turned = link.rotary_dims or n
-    if link.share == "half":
-        t[:, turned // 2 : turned] = t[:, : turned // 2]
-    elif link.share == "interleaved":
-        t[:, 1:turned:2] = t[:, 0:turned:2]
-    return scale_link(link, t.flatten())
-
-
-def folded(topology: Topology, model: nn.Module, link: Link) -> Rewrite:
-    """The gains of the norms that `link` passes, given to their readers."""
-    params = dict(model.named_parameters(remove_duplicate=False))
-    rewrite = Rewrite()
-    for other in topology.links_with(Invariance.SCALE):
-        port = other.writes[0]
-        if port.param.rpartition(".")[0] in link.through:
-            rewrite = rewrite.then(scale_link(other, 1 / (params[port.param] + port.gain)))
-    return rewrite
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_axis_of_every_matrix_is_in_a_link_or_blocked_with_a_reason(family):
-    model, topology = model_of(family), topology_of(family)
-    covered = covered_axes(topology)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, p in module.named_parameters(recurse=False):
-            if p.ndim >= 2:
-                for axis in ("out", "in"):
-                    assert covered.get((f"{path}.{name}", axis)), f"{path}.{name}.{axis}"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_links_are_true_on_a_model_of_other_sizes(family):
-    model, topology = model_of(family), topology_of(family)
-    for link in topology.links:
-        for kind in Invariance:
-            if kind not in link.invariance:
-                continue
-            rewrite = random_rewrite(link, kind, model)
-            if kind is Invariance.ROTATE and link.through:
-                rewrite = folded(topology, model, link).then(rewrite)
-            # norms and rotary tables pass through float32
-            assert change(model, rewrite) < 1e-4, f"{link.name} {kind}"
-
-
-@pytest.mark.parametrize("family", ["Llama", "Phi", "GPT2"])
-def test_the_check_sees_wrong_links(family):
-    model, topology = model_of(family), topology_of(family)
-    for link in topology.links:
-        wrong = Link(link.name, link.size, link.writes, (), link.invariance, link.through, link.heads, link.share, link.rotary_dims)
-        kind = next(k for k in Invariance if k in link.invariance)
-        assert change(model, random_rewrite(wrong, kind, model)) > 1e-3, link.name
+def test_what_is_claimed_of_it_is_true_on_a_model_of_other_sizes(family):
+    # transformers' norms, rotary tables and eager softmaxes pass through float32; a wrong link is off by 1e-2 and more
+    check_adapter(DecoderLM(), model_of(family), ids(), rtol=1e-4)
 
 
 def shape(family: str) -> dict[str, Invariance]:

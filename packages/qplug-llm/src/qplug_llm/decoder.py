@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from qcore.errors import NotFound
-from qcore.model.adapter import ModelAdapter
+from qcore.model.adapter import ModelAdapter, tied_names
 from qcore.model.tap import RunContext
 from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topology
 from qcore.transforms.rewrite import Rewrite, scale_link
@@ -141,7 +141,9 @@ def _learn(carrier: _Frozen, cls: type, config: str, blocks: str, layers: tuple[
         judge(candidate)
     if residual is not None:
         judge(residual, _folded(bench, proven, residual.variants[0].through))
-    return Knowledge(facts, verdicts, own)
+    # a block of the real model that somebody rebuilt has no likeness in the twin
+    alike = tuple(real if twins[0] == real[0] else None for twins, real in zip(kinds(small, blocks), own, strict=True))
+    return Knowledge(facts, verdicts, alike)
 
 
 def _inside(gains: Mapping[str, float], block: str) -> dict[str, float]:
@@ -179,7 +181,7 @@ class _Assembly:
             for i, kind in enumerate(self.kind_of):
                 if kind is not None and facts.blocks[kind].attention:
                     activations += [Site(f"{self.path}.{i}.{facts.blocks[kind].attention}", t) for t in ("q", "k", "v", "p")]
-        return Topology(blocks, tuple(links), self._blocked(links), tuple(activations))
+        return Topology(blocks, tuple(links), self._blocked(links), tuple(activations), tied_names(self.model))
 
     def _links(self) -> list[Link]:
         facts = self.known.facts

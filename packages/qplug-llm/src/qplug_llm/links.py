@@ -108,7 +108,7 @@ def _attention_candidates(model: nn.Module, block: str, kind: int, facts: BlockF
     elif facts.q is not None and facts.k is not None:
         k_ports, q_ports = slot_ports(facts.k), slot_ports(facts.q, heads // kv)
     if k_ports and q_ports:
-        turned = twin.rotary_dims(config)
+        turned = twin.turned_dims(model)
         turned = 0 if turned >= dim else turned
         plain = Link(f"{block}.k·q", size, k_ports, q_ports, _ALL, heads=link_heads)
         shared = [

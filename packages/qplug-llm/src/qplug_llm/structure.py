@@ -153,7 +153,7 @@ def kinds(model: nn.Module, blocks: str) -> list[tuple[Any, ...]]:
         own = {}
         for path, module in block.named_modules():
             names = tuple(sorted((n, p.ndim) for n, p in module.named_parameters(recurse=False)))
-            if names and "taps" not in path.split("."):
+            if "taps" not in path.split("."):
                 own[path] = (type(module).__name__, names)
         keys.append((tuple(own.items()), tuple((k, str(v[i])) for k, v in sorted(lists.items()))))
     return keys

@@ -60,8 +60,14 @@ def kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or config.num_attention_heads
 
 
-def rotary_dims(config: Any) -> int:
-    """How many channels of each head the rotary embedding turns; all of them where the config says nothing."""
+def turned_dims(model: nn.Module) -> int:
+    """How many channels of each head the rotary embedding of `model` turns: two for each of its frequencies."""
+    counts = {b.numel() for name, b in model.named_buffers() if name.endswith("inv_freq")}
+    return 2 * counts.pop() if len(counts) == 1 else _rotary_dims(model.config)
+
+
+def _rotary_dims(config: Any) -> int:
+    """What the config says; all of a head's channels where it says nothing."""
     rope = getattr(config, "rope_parameters", None)
     nested = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
     factor = nested or getattr(config, "partial_rotary_factor", None) or getattr(config, "rotary_pct", None) or 1.0
@@ -91,7 +97,7 @@ def small_config(config: Any, layers: Sequence[int]) -> Any:
     groups = heads // kv
     few_kv = 1 if kv == 1 and groups > 1 else (2 if groups > 1 else 3)
     few = few_kv * min(groups, 2)
-    fraction = rotary_dims(config) / dim
+    fraction = _rotary_dims(config) / dim
     small_dim = next((d for d in range(8, 41, 2) if int(d * fraction) % 2 == 0 and int(d * fraction) > 0), 8)
     # the hidden size is the heads' sum, or it is not: both stay true
     small_hidden = few * small_dim if hidden == heads * dim else few * small_dim + 8
