@@ -377,7 +377,13 @@ def test_a_site_that_no_batch_reaches_is_an_error_that_names_it(registry):
             pass  # the mixer stays as it is: dt_proj is never called
 
     with pytest.raises(CalibrationError, match=r"0\.dt_proj:input.*gram"):
-        quantize_model(load_in_memory(nn.Sequential(Mixer())), recipe(), [torch.randn(1, 3, 8)], registry=registry, adapter=Blind())
+        quantize_model(
+            load_in_memory(nn.Sequential(Mixer())),
+            recipe(rules=(Rule("*:weight", int_weight(8)),)),
+            [torch.randn(1, 3, 8)],
+            registry=registry,
+            adapter=Blind(),
+        )
 
 
 # 5 -----------------------------------------------------------------------------------------------------------------------------------------

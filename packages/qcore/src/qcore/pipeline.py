@@ -24,7 +24,7 @@ from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.tap import attach
-from qcore.model.topology import Block, Site, Topology
+from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules.online import Online
 from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
 from qcore.numbers import QTensor, QuantSpec
@@ -369,7 +369,7 @@ class _Run:
         held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
         rerun = any(b.feed == "rerun" for b in self.topology.blocks)
         for path, insert in list(self.result.rewrite.inserts.items()):
-            if not any(_within(path, b.module) for b in self.topology.blocks):
+            if not any(within(path, b.module) for b in self.topology.blocks):
                 self._install_one(path, insert)
         if not rerun:
             for block in held:
@@ -386,7 +386,7 @@ class _Run:
     def _install(self, prefix: str) -> None:
         """Build the run-time modules that the rewrite inserts below `prefix`."""
         for path, insert in list(self.result.rewrite.inserts.items()):
-            if _within(path, prefix):
+            if within(path, prefix):
                 self._install_one(path, insert)
 
     def _install_one(self, path: str, insert: Insert) -> None:
@@ -439,7 +439,7 @@ class _Run:
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
             runner = BlockRunner(feed, index, module)
-            seen |= runner.observe({s: o for s, o in wants.items() if _within(s.module, block.module)})
+            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
@@ -452,7 +452,7 @@ class _Run:
         for path, m in module.named_modules(prefix=block.module):
             if getattr(type(m), "name", None) in self.registry.modules:
                 modules[path] = {"type": type(m).name, "config": m.config()}  # type: ignore[attr-defined,operator]
-        tensors = {f"{block.module}.{n}": t for n, t in module.state_dict().items()}
+        tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
         self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
 
     def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
@@ -540,10 +540,6 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
             owner.add_module(part, nn.ModuleDict())
         owner = owner._modules[part]  # type: ignore[assignment]
     owner.add_module(name, module)
-
-
-def _within(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
 
 
 def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ and are called so wherever they are shown.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -245,7 +246,7 @@ class _Planner:
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None
-        choice = self._kernel(module, site, packing.name, spec, shape, activation)
+        choice = self._kernel(module, site, packing, spec, shape, activation)
         return Decision(
             site=str(site),
             shape=shape,
@@ -273,12 +274,13 @@ class _Planner:
             self._problem(site, str(e))
         return None
 
-    def _kernel(self, module: nn.Module, site: Site, packing: str, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
+    def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
         """The kernel expected to run it; None where the module is no linear layer, whose op is known when it is replaced."""
         if not isinstance(module, nn.Linear):
             return None
         try:
-            return choose(self.kernels, Job("linear", packing, spec, shape, activation, self.device))
+            unpack = partial(packing.unpack, spec=spec, shape=shape)
+            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, unpack=unpack))
         except NotFound as e:
             self._problem(site, str(e))
             return None

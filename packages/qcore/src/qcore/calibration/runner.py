@@ -21,7 +21,7 @@ from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
-from qcore.model.topology import Block, Site
+from qcore.model.topology import Block, Site, within
 from qcore.modules.online import Online
 
 Progress = Callable[[str, int, int], None]
@@ -306,9 +306,9 @@ class BlockRunner:
         candidates = [
             path
             for path, _ in self.module.named_modules(prefix=prefix)
-            if path != prefix and any(_within(m, path) for m in self._solved) and not any(_within(m, path) or _within(path, m) for m in still_open)
+            if path != prefix and any(within(m, path) for m in self._solved) and not any(within(m, path) or within(path, m) for m in still_open)
         ]
-        self._final = [p for p in candidates if not any(p != q and _within(p, q) for q in candidates)]
+        self._final = [p for p in candidates if not any(p != q and within(p, q) for q in candidates)]
         for key in [key for key in self._kept if key[0] not in self._final]:
             self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
 
@@ -346,10 +346,6 @@ class BlockRunner:
             for key in [k for k in self._kept if k[1] == batch]:
                 self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
         return hidden
-
-
-def _within(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
 
 
 def _nbytes(output: Any) -> int:

@@ -72,14 +72,14 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    app.command("quantize")(quantize.quantize)
-    app.command("plan")(plan.plan)
-    app.command("eval")(evaluate.evaluate)
-    app.command("compare")(compare.compare)
-    app.command("explain")(explain.explain)
-    app.add_typer(recipes.app, name="recipes")
-    app.add_typer(plugins.app, name="plugins")
-    app.command("methods")(methods.methods)
+    app.command("quantize", short_help="Quantize a model and measure the cost.")(quantize.quantize)
+    app.command("plan", short_help="Show what a run would do, without computing.")(plan.plan)
+    app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
+    app.command("compare", short_help="Compare models with the first of them.")(compare.compare)
+    app.command("explain", short_help="Show what runs a checkpoint, and why.")(explain.explain)
+    app.add_typer(recipes.app, name="recipes", short_help="List recipes, or show one to start from.")
+    app.add_typer(plugins.app, name="plugins", short_help="List plug-ins, or find out what is wrong.")
+    app.command("methods", short_help="List all that a recipe may name.")(methods.methods)
     return app
 
 

@@ -23,16 +23,16 @@ class Opened:
     evaluation: Path | None
 
 
-def is_checkpoint(uri: str) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     """Whether `qcore quantize` wrote this folder."""
-    from qcore.checkpoint import is_checkpoint
+    from qcore.checkpoint import MANIFEST
 
-    return Path(uri).is_dir() and is_checkpoint(Path(uri))
+    return (folder / MANIFEST).is_file()
 
 
 def open_any(uri: str, own: "Registry", adapter: str | None = None) -> Opened:
     """The model behind an address or in a folder, ready to run."""
-    return _open_checkpoint(Path(uri), own, adapter) if is_checkpoint(uri) else _open_float(uri, own, adapter)
+    return _open_checkpoint(Path(uri), own, adapter) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
 
 
 def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
@@ -47,14 +47,23 @@ def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
 
 
 def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None) -> Opened:
-    from qcore.checkpoint import load, tokenizer_of
+    from qcore.checkpoint import MANIFEST, Manifest, load
+    from qcore.errors import CheckpointError
     from qcore.evaluation import Candidate, read_report
-    from qcore.model import adapter_for
 
+    manifest = Manifest.read(folder)
     model = load(folder, registry=own)
-    chosen = adapter_for(model, own.adapters, adapter)
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    name = adapter or manifest.adapter
+    if not name:
+        raise CheckpointError(f"{folder / MANIFEST} names no adapter; pass one with --adapter: {', '.join(sorted(own.adapters))}")
+    chosen = own.adapters[name]()
     report = read_report(folder) if (folder / "report.json").exists() else {}
-    bits = report.get("size", {}).get("effective_bits")
-    candidate = Candidate(str(folder), lambda batch: chosen.outputs(model, batch), size, bits, tuple(report.get("model", {}).get("notes", ())))
-    return Opened(candidate, tokenizer_of(folder, own), model, None)
+    candidate = Candidate(
+        name=str(folder),
+        forward=lambda batch: chosen.outputs(model, batch),
+        bytes=sum(manifest.files.values()),
+        bits=report.get("size", {}).get("effective_bits"),
+        notes=tuple(report.get("model", {}).get("notes", ())),
+    )
+    tokenizer = own.sources[manifest.source]().tokenizer(folder) if manifest.source in own.sources else None
+    return Opened(candidate, tokenizer, model, None)

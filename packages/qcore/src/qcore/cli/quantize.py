@@ -155,10 +155,21 @@ def run_quantize(
             with job.timed("quantize"):
                 result = steps.quantize_model(loaded, job.recipe, batches, registry=job.registry, adapter=job.adapter, progress=progress)
             with job.timed("save"):
-                steps.save(result, loaded, job.recipe, folder)
+                steps.save(
+                    result.model,
+                    folder,
+                    source=loaded.source,
+                    adapter=job.adapter.name,
+                    companions=loaded.write_companions,
+                    dtype=loaded.dtype,
+                    record=record_of(job, batches),
+                    registry=job.registry,
+                )
             rows, phases, notes = list(result.sites), dict(result.seconds), list(result.notes)
-            with job.timed("prove"):
-                proof = steps.prove(folder, result, job.registry)
+            proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
+            if samples := proof_batches(task, batches, tokenizer):
+                with job.timed("prove"):
+                    proof = proved(steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
             del result
             with job.timed("reload"):
                 reloaded = steps.load(folder, registry=job.registry)
@@ -179,6 +190,45 @@ def free(model: Any) -> None:
     ties = tied_groups(model)
     release(model)
     retie(model, ties)
+
+
+def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says about how it was made."""
+    from qcore.calibration.text import data_hash
+    from qcore.recipe_file import dump
+
+    return {
+        "recipe": job.recipe.name,
+        "toml": dump(job.recipe),
+        "seed": job.recipe.calibration.seed,
+        "calibration_sha256": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
+    }
+
+
+def proof_batches(task: Any, batches: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """One batch to run the saved and the reopened model on; for a language model without any text, some first ids of its vocabulary."""
+    import torch
+
+    if task is not None:
+        return [{"input_ids": task.windows[:1]}]
+    if batches:
+        return [batches[0]]
+    return [{"input_ids": torch.arange(1, 17).unsqueeze(0)}] if tokenizer is not None else []
+
+
+def proved(proof: Any) -> dict[str, Any]:
+    """The proof as data; CheckpointError when the reopened model is another one than the one that was saved."""
+    from dataclasses import asdict
+
+    from qcore.errors import CheckpointError
+
+    if proof.level == "different":
+        raise CheckpointError(
+            f"the checkpoint loads with {proof.loader}, but its outputs differ from the saved model's by {proof.max_difference:.3g} "
+            f"(largest output {proof.max_output:.3g}, tolerance {proof.tolerance:g}); nothing was written. "
+            "This is a defect: report it with `qcore plan --json` of this run"
+        )
+    return asdict(proof)
 
 
 def make_report(
@@ -243,7 +293,7 @@ def make_report(
         seconds={k: round(v, 3) for k, v in job.seconds.items()},
         phases={k: round(v, 3) for k, v in phases.items()},
         memory=job.meter.to_dict() if job.meter is not None else {},
-        proof=proof if isinstance(proof, Mapping) else {"level": str(proof)},
+        proof=proof,
         versions={
             "qcore": qcore.__version__,
             "torch": torch.__version__,

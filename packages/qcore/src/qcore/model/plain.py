@@ -1,8 +1,8 @@
 """Adapters for plain networks, by structure: stacks of linear layers, and convolutional networks.
 
-The model is traced with `torch.fx`, and every tensor that flows through it carries three streams, one for each invariance: a stream is a set of channels
-with the ports that write and read it.  A layer starts new streams and reads those of its input; a module between either lets a stream pass, adds ports
-to it, or stops it with a reason.  An addition makes its two operands' streams one, so residual networks have links with many writers.
+The model is traced with `torch.fx`, and every tensor that flows through it carries three streams, one for each invariance: a stream is a set of
+channels with the ports that write and read it.  A layer starts new streams and reads those of its input; a module between either lets a stream
+pass, adds ports to it, or stops it with a reason.  An addition makes its operands' streams one, so residual networks have links with many writers.
 
 | between two layers | permute | scale | rotate |
 |---|---|---|---|
@@ -21,7 +21,7 @@ import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from math import lcm, prod
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -291,9 +291,10 @@ def plain_topology(model: nn.Module) -> Topology:
     covered = covered_axes(Topology(blocks, links))
     blocked = {}
     for name, p in model.named_parameters(remove_duplicate=False):
+        axis: Axis
         for axis in ("out", "in"):
             if p.ndim > 1 and (name, axis) not in covered:
-                blocked[Port(name, cast(Axis, axis))] = problem or _why(walk, name, cast(Axis, axis))
+                blocked[Port(name, axis)] = problem or _why(walk, name, axis)
     return Topology(blocks, links, blocked, ties=tied_names(model))
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.formats import NumberFormat
 from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
@@ -91,7 +92,7 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
     """
     ideal = ideal_scale(low, high, spec)
     parts = store_scale(ideal, spec)
@@ -116,7 +117,7 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    return torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
 
 
 def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -128,8 +129,13 @@ def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
-def _lacks_zero(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+@lru_cache
+def _has_zero(fmt: NumberFormat) -> bool:
+    """Whether zero is one of the format's numbers: not for one signed bit, and nobody knows for fitted ones."""
+    if fmt.parts:
+        return False
+    zero = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
+    return not fmt.decode(fmt.encode(zero)).any()
 
 
 def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:

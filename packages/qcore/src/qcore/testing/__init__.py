@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         check_selector,
         check_solver,
         check_transform,
+        fit_transform,
     )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "check_selector",
     "check_solver",
     "check_transform",
+    "fit_transform",
 ]
 
 

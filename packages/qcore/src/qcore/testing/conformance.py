@@ -17,7 +17,7 @@ from qcore.calibration.observer import Observer
 from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter, tied_names
 from qcore.model.layers import layout
-from qcore.model.reader import DictReader
+from qcore.model.reader import DictReader, TensorReader
 from qcore.model.topology import Site, Topology
 from qcore.modules.runtime import RuntimeModule
 from qcore.numbers import NumberFormat, PerTensor, QTensor, QuantSpec, fake_quantize, int_weight, quantize, spec_from_dict, spec_to_dict
@@ -39,6 +39,8 @@ __all__ = [
     "check_selector",
     "check_solver",
     "check_transform",
+    "fit_transform",
+    "observe",
 ]
 
 
@@ -224,8 +226,7 @@ def check_transform(
         twin = apply_rewrite(twin, after, modules)
     before = {n: t.clone() for n, t in twin.state_dict().items()}
     topology = adapter.topology(twin)
-    specs = {site: int_weight(4) for site in topology.sites} if specs is None else specs
-    rewrite = _fit(transform, adapter, topology, specs, twin, data, DictReader(dict(twin.state_dict())))
+    rewrite = fit_transform(transform, adapter, twin, data, specs)
     state = twin.state_dict()
     assert set(state) == set(before) and all(torch.equal(state[n], t) for n, t in before.items()), (
         f"{name} wrote into the model; a transform yields data"
@@ -238,7 +239,7 @@ def check_transform(
     if not rewrite.inserts:
         # a second fit on what the first one leaves composes with it
         left = RewrittenReader(DictReader(dict(twin.state_dict())), rewrite, twin)
-        second = _fit(transform, adapter, rewritten_topology(topology, rewrite), specs, twin, data, left)
+        second = fit_transform(transform, adapter, twin, data, specs, topology=rewritten_topology(topology, rewrite), reader=left)
         both = rewrite.then(second)
         _check_equal(
             adapter, apply_rewrite(twin, both, modules), data, reference, 2 * limit, f"{name}, fitted a second time and composed, changed the outputs"
@@ -246,14 +247,29 @@ def check_transform(
     return rewrite if after is None else after.then(rewrite)
 
 
-def _fit(
-    transform: Transform, adapter: ModelAdapter, topology: Topology, specs: Mapping[Site, QuantSpec], model: nn.Module, data: list[Batch], reader: Any
+def fit_transform(
+    transform: Transform,
+    adapter: ModelAdapter,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    specs: Mapping[Site, QuantSpec] | None = None,
+    *,
+    topology: Topology | None = None,
+    reader: TensorReader | None = None,
 ) -> Rewrite:
+    """The rewrite of a model in memory, block by block or whole, as the transform's scope says; observed on the float model.
+
+    specs:    None: 4-bit integers for every weight site
+    topology: None: the adapter's
+    reader:   None: the model's own tensors
+    """
+    topology = adapter.topology(model) if topology is None else topology
+    specs = {site: int_weight(4) for site in topology.sites} if specs is None else specs
+    reader = DictReader(dict(model.state_dict())) if reader is None else reader
     rewrite = Rewrite()
-    pieces = [topology] if transform.scope == "model" else [topology.within(block) for block in topology.blocks]
-    for piece in pieces:
+    for piece in [topology] if transform.scope == "model" else [topology.within(block) for block in topology.blocks]:
         here = {site: spec for site, spec in specs.items() if site in piece.sites or site in piece.activations}
-        seen = observe(adapter, model, transform.wants(piece, here), data)
+        seen = observe(adapter, model, transform.wants(piece, here), batches)
         rewrite = rewrite.then(transform.fit(piece, here, seen, model, reader))
     return cut_ties(rewrite, model, topology.ties)
 
@@ -406,7 +422,7 @@ def check_module(module: RuntimeModule, *inputs: Tensor, registry: Any = None) -
     name = f"module {module.name!r}"
     config = json.loads(json.dumps(module.config()))
     assert isinstance(module, nn.Module), f"{name} is no nn.Module"
-    make = type(module).from_config
+    make: Any = type(module).from_config
     twin = make(config, registry=registry) if "registry" in inspect.signature(make).parameters else make(config)
     state = module.state_dict()
     fresh = twin.state_dict()

@@ -172,7 +172,7 @@ class Rewrite:
             one, other = self.inserts[clash[0]].module.type, later.inserts[clash[0]].module.type
             raise SpecError(f"two transforms insert a module at {clash[0]!r} ({one}, {other}); drop one")
         return Rewrite(
-            edits=edits,
+            edits={name: own for name, own in edits.items() if name not in later.dropped},
             derived=derived,
             inserts=self.inserts | later.inserts,
             dropped=self.dropped | later.dropped,

@@ -75,8 +75,9 @@ def _named(edit: Edit, name: str) -> Edit:
 def split_given(path: str, module: nn.Module, coarse: Tensor) -> Rewrite:
     """The leaf becomes two of its own kind: `coarse`, of the weight's shape, and the rest of the weight.  The coarse part keeps the bias."""
     leaf = leaf_config(module)
-    if tuple(coarse.shape) != tuple(module.weight.shape):
-        raise SpecError(f"{path}: the coarse part has shape {tuple(coarse.shape)}, the weight {tuple(module.weight.shape)}")
+    shape = tuple(module.get_parameter("weight").shape)
+    if tuple(coarse.shape) != shape:
+        raise SpecError(f"{path}: the coarse part has shape {tuple(coarse.shape)}, the weight {shape}")
     own = Port("", "out")
     return split_leaf(
         path,
