@@ -43,11 +43,11 @@ class GPTQ(ScaleSearch):
     Differs: inputs that were never seen (H_jj = 0) are rounded to nearest; the paper's script sets their weights to zero, which destroys them for
     any other data.  No permutation is stored for `act_order`: scales are fixed beforehand, group by group of the original order.
 
-    damp:          added to the Gram's diagonal, as a fraction of its mean; ten times as much after each factorization that fails, with a warning
-    act_order:     round columns in the order of falling diagonal, so that those which matter most find the least error to absorb; scales become static
-    static_groups: choose all scales from the original weights; otherwise each group's from the weights as updated when its turn comes (the paper)
+    damp:          added to the Gram's diagonal, as a fraction of its mean; ten times as much whenever that has no Cholesky factor, with a warning
+    act_order:     round columns in the order of falling diagonal: those that matter most find the least error to absorb; scales become static
+    static_groups: choose all scales from the original weights; otherwise each group's from the weights as updated when its turn comes, as the paper
     weighted:      weigh each column's error by D_k when a scale is searched
-    sweeps:        passes of coordinate descent afterwards: every scale by least squares, then every code, given all others; each change lowers the loss
+    sweeps:        passes of coordinate descent afterwards: every scale by least squares, then every code, given all others; no change raises the loss
     """
 
     name: ClassVar[str] = "gptq"
@@ -184,7 +184,7 @@ class _Run:
     def _importance(self) -> Tensor | None:
         """What an error of each entry costs when scales are chosen: D_k, and nothing where the entry is frozen.  [K, 1] or [K, N]"""
         heavy = None
-        if self.options.weighted:
+        if self.options.weighted and (self.D[:, :1] != self.D).any():
             D = self.D / self.D.mean(1, keepdim=True)
             D = D if self.order is None else D[:, self.order.argsort()]
             heavy = per_row(D[0] if self.P == 1 else D, self.N)
@@ -203,8 +203,9 @@ class _Run:
         if width <= _LEAF:
             for k in range(a, b, self.d):
                 if not self.static and k % bc == 0:
-                    group = slice(k, k + bc)
-                    self.lattice.choose(k // bc, self._free(group, self.u[group]), self.options, None if self.heavy is None else self.heavy[group])
+                    group = slice(k, min(k + bc, self.K))
+                    heavy = None if self.heavy is None else self.heavy[group]
+                    self.lattice.choose(k // bc, self._free(group, self._absorbed(group)), self.options, heavy)
                 (self._round_column if self.d == 1 else self._round_vector)(k, b)
             return
         # a group of columns is complete when its turn comes only if no split cuts it before
@@ -213,6 +214,17 @@ class _Run:
         self._solve(a, m)
         self._add_product(self.u[m:b], self.R[:, a:m, m:b].transpose(1, 2), self.error[a:m])
         self._solve(m, b)
+
+    def _absorbed(self, columns: slice) -> Tensor:
+        """What these columns would best be if they were not rounded: the paper's updated weights.  [m, N]
+
+        `u` has the errors of the columns before them alone.  With those among themselves, (x - w)·R = u - w, R being the columns' own.
+        """
+        if columns.start == 0:
+            return self.u[columns]
+        w = self.error[columns]
+        moved = self._parts(self.u[columns] - w).transpose(0, 1)
+        return w + self._flat(torch.linalg.solve_triangular(self.R[:, columns, columns].mT, moved, upper=False, unitriangular=True))
 
     def _round_column(self, k: int, end: int) -> None:
         """Round column k, and let the columns up to `end` absorb its error."""
@@ -229,9 +241,7 @@ class _Run:
         at, d = self.place[k], self.d
         cols, home = slice(k, k + d), slice(at, at + d)
         R = self.R[:, cols, cols]
-        # (u - ŵ, with the errors inside the vector) = (x - ŵ)·R for x = w + (u - w)·R⁻¹
-        moved = self._parts(self.u[cols] - self.error[cols]).transpose(0, 1)
-        x = self.error[cols] + self._flat(torch.linalg.solve_triangular(R.mT, moved, upper=False, unitriangular=True))
+        x = self._absorbed(cols)  # (u - ŵ, with the errors among the d columns) = (x - ŵ)·R
         D = self.D[:, cols]
         metric = R * (D / D.mean(1, keepdim=True)).sqrt().unsqueeze(1)
         value = self._choose_vector(home, x, metric)

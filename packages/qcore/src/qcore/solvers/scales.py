@@ -38,7 +38,7 @@ class ScaleSearch:
     clip: Literal["none", "mse"] = "mse"
     norm: float = 2.0
     shrink: float = 0.4
-    steps: int = 25
+    steps: int = 12
     signed_scale: bool = True
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class Lattice:
         for sign, f in tried:
             scale, offset = self._cover(g, low * f, high * f, sign)
             best, best_scale, best_offset = self._better(g, x, scale, offset, search.norm, weight, best, best_scale, best_offset)
-        if self.offset is None and search.norm == 2:
+        if self.offset is None:
             scale = self._least_squares(g, x, best_scale, weight)
             best, best_scale, best_offset = self._better(g, x, scale, None, search.norm, weight, best, best_scale, best_offset)
         return best_scale, best_offset
