@@ -193,7 +193,7 @@ class _Run:
         free = self.held.isnan().to(self.w.dtype)
         return free if heavy is None else heavy * free
 
-    def _free(self, columns: slice, x: Tensor) -> Tensor:
+    def _free(self, columns: int | slice, x: Tensor) -> Tensor:
         """x with zeros for the frozen entries of these columns (of the weight's own order)."""
         return x if self.held is None else torch.where(self.held[columns].isnan(), x, 0.0)
 
@@ -293,7 +293,7 @@ class _Run:
         codes = self.codes[group.start // self.d : group.stop // self.d]
         q = self._free(group, lattice.units(codes, g).to(slope.dtype))
         lattice.scale[g] += self._step(g, q, H, group, slope, lattice.scale[g], lattice.refit_scale)
-        if lattice.spec.offset is Offset.VALUE:
+        if lattice.offset is not None and lattice.spec.offset is Offset.VALUE:
             ones = self._free(group, torch.ones_like(q))
             lattice.offset[g] += self._step(g, ones, H, group, slope, lattice.offset[g], lattice.refit_offset)
 
@@ -361,6 +361,9 @@ def _nearest_vectors(x: Tensor, table: Tensor) -> Tensor:
     step = max((1 << 22) // (table.shape[2] * P), 1)
     for a in range(0, n, step):
         own = table if table.shape[1] == 1 else table[:, a : a + step]
-        distance = sum((x[:, i, a : a + step].unsqueeze(-1) - own[..., i]).square() for i in range(d))  # not expanded: exact ties stay ties
+        # the squares are not expanded, so that exact ties stay ties
+        distance = (x[:, 0, a : a + step].unsqueeze(-1) - own[..., 0]).square_()
+        for i in range(1, d):
+            distance += (x[:, i, a : a + step].unsqueeze(-1) - own[..., i]).square_()
         codes[:, a : a + step] = torch.nan_to_num(distance, nan=torch.inf).argmin(-1)
     return codes

@@ -124,12 +124,13 @@ class Lattice:
         low, high = self._range(x)
         if spec.scaled:
             if isinstance(fmt, Int) and fmt.signed and fmt.bits == 1 and spec.offset is Offset.NONE and search.clip == "mse":
-                self.scale[g], offset = self._round(g, self._mean_magnitude(x, weight)), None
+                scale, offset = self._round(g, self._mean_magnitude(x, weight)), None
             elif fmt.per_block:
-                self.scale[g], offset = self._cover(g, low, high, 1)
+                scale, offset = self._cover(g, low, high, 1)
             else:
-                self.scale[g], offset = self._search(g, x, low, high, search, weight)
-            if self.offset is not None:
+                scale, offset = self._search(g, x, low, high, search, weight)
+            self.scale[g] = scale
+            if self.offset is not None and offset is not None:
                 self.offset[g] = offset
         if fmt.per_block:
             z = self._normal(x, self.scale[g], None if self.offset is None else self.offset[g])
@@ -307,7 +308,7 @@ class Lattice:
 
     def parts(self) -> dict[str, Tensor]:
         """Scales, offsets and fitted parts as the spec stores them."""
-        spec, parts = self.spec, {}
+        spec, parts = self.spec, dict[str, Tensor]()
         if spec.scaled:
             scale = self.scale.T.contiguous()
             if isinstance(spec.scale, QuantSpec):
