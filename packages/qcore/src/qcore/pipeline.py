@@ -7,7 +7,7 @@ modules, no patched forward.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +23,17 @@ from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
-from qcore.model.topology import Block, Site, Topology
-from qcore.modules.replace import quantized_leaf, quantized_stack
+from qcore.model.tap import attach
+from qcore.model.topology import Block, Site, Topology, join, within
+from qcore.modules.online import Online
+from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
 from qcore.numbers import QTensor, QuantSpec
 from qcore.numbers.tensor import concat_rows
-from qcore.packing import choose_packing
+from qcore.packing import first_that_accepts
 from qcore.recipe import Recipe
 from qcore.solvers.base import WeightSolver
-from qcore.transforms.install import install, leaf_at
-from qcore.transforms.rewrite import Rewrite, RewrittenReader
+from qcore.transforms.apply import build_insert
+from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class _Run:
         self.dtype_name = dtype_name
         self.compute = compute_dtype(loaded.dtype)
         self._installed: set[str] = set()
+        self._wrapped: set[str] = set()
+        self._owners = _Owners(self.model)
         self._ties = tied_groups(self.model)
 
     # steps -------------------------------------------------------------------------------------------------------------------------------
@@ -297,26 +301,30 @@ class _Run:
         """Put the packed module where the float leaf was."""
         leaf = leaf_at(self.model, path)
         wrapper = self.model.get_submodule(path)
-        online = wrapper.before if wrapper is not leaf else None
         first = next(iter(solved))
         if any(site.part is not None or site.tensor != "weight" for site in solved):
             packed = {}
             for site, q in solved.items():
-                packed[(site.tensor, site.part)] = (q, self._packing(site, q.shape))
+                packed[(site.tensor, site.part)] = Stored(weight=q, packing=self._packing(site, q.shape), activation=self._activation(site))
             self.model.set_submodule(path, quantized_stack(leaf, packed))
             return
         q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])
-        activation = self._activation(first)
-        self.model.set_submodule(path, quantized_leaf(leaf, q, self._packing(first, q.shape), activation=activation, online=online))
+        stored = Stored(
+            weight=q,
+            packing=self._packing(first, q.shape),
+            activation=self._activation(first),
+            online=wrapper.before if isinstance(wrapper, Online) else None,
+        )
+        self.model.set_submodule(path, quantized_leaf(leaf, stored))
 
     def _packing(self, site: Site, shape: tuple[int, ...]) -> Any:
-        return choose_packing(self._packings(site), self._spec(site), shape, self._activation(site))
+        return first_that_accepts(self._packings(site), self._spec(site), shape, self._activation(site))
 
     # lookups -----------------------------------------------------------------------------------------------------------------------------
 
     @property
     def reader(self) -> TensorReader:
-        return RewrittenReader(self.loaded.reader, self.result.rewrite, self.loaded.model)
+        return _LiveReader(RewrittenReader(self.loaded.reader, self.result.rewrite, self._owners), self._wrapped)
 
     def _spec(self, site: Site) -> QuantSpec:
         spec = self.result.specs.get(site)
@@ -361,8 +369,8 @@ class _Run:
         held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
         rerun = any(b.feed == "rerun" for b in self.topology.blocks)
         for path, insert in list(self.result.rewrite.inserts.items()):
-            if not any(_within(path, b.module) for b in self.topology.blocks):
-                install(self.model, path, insert, self.registry.modules)
+            if not any(within(path, b.module) for b in self.topology.blocks):
+                self._install_one(path, insert)
         if not rerun:
             for block in held:
                 release(block)
@@ -378,9 +386,23 @@ class _Run:
     def _install(self, prefix: str) -> None:
         """Build the run-time modules that the rewrite inserts below `prefix`."""
         for path, insert in list(self.result.rewrite.inserts.items()):
-            if _within(path, prefix) and path not in self._installed:
-                install(self.model, path, insert, self.registry.modules)
-                self._installed.add(path)
+            if within(path, prefix):
+                self._install_one(path, insert)
+
+    def _install_one(self, path: str, insert: Insert) -> None:
+        if path in self._installed:
+            return
+        self._installed.add(path)
+        with at(path):
+            module = build_insert(insert, self.registry.modules).eval()
+        if insert.place == "before":
+            self.model.set_submodule(path, Online(self.model.get_submodule(path), module))
+            self._wrapped.add(path)
+        elif insert.place == "instead":
+            self._owners.replaced[path] = self.model.get_submodule(path)
+            self.model.set_submodule(path, module)
+        else:
+            attach(self.model.get_submodule(path), insert.place.removeprefix("tap:"), module)  # type: ignore[arg-type]
 
     def _needs_data(self) -> bool:
         """Whether anything in the recipe looks at calibration data."""
@@ -417,7 +439,7 @@ class _Run:
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
             runner = BlockRunner(feed, index, module)
-            seen |= runner.observe({s: o for s, o in wants.items() if _within(s.module, block.module)})
+            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
@@ -430,7 +452,7 @@ class _Run:
         for path, m in module.named_modules(prefix=block.module):
             if getattr(type(m), "name", None) in self.registry.modules:
                 modules[path] = {"type": type(m).name, "config": m.config()}  # type: ignore[attr-defined,operator]
-        tensors = {f"{block.module}.{n}": t for n, t in module.state_dict().items()}
+        tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
         self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
 
     def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
@@ -447,6 +469,44 @@ class _Run:
             yield
         finally:
             self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+class _Owners:
+    """The float modules that parameters belong to, also where something stands in their place: they know the layouts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.replaced: dict[str, nn.Module] = {}
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return self.replaced[path] if path in self.replaced else leaf_at(self._model, path)
+
+
+class _LiveReader:
+    """A reader that answers to the names of the live model, where a leaf with a module before it has ".leaf" in its name."""
+
+    def __init__(self, reader: TensorReader, wrapped: set[str]) -> None:
+        self._reader, self._wrapped = reader, wrapped
+
+    def _stored_name(self, name: str) -> str:
+        path, _, own = name.rpartition(".")
+        outer = path.removesuffix(".leaf")
+        return f"{outer}.{own}" if outer != path and outer in self._wrapped else name
+
+    def names(self) -> Iterable[str]:
+        return self._reader.names()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._stored_name(name) in self._reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader[self._stored_name(name)]
+
+
+def leaf_at(model: nn.Module, path: str) -> nn.Module:
+    """The leaf at a path, behind what was put before it."""
+    module = model.get_submodule(path)
+    return module.leaf if isinstance(module, Online) else module
 
 
 def _rows(site: Site, whole: Tensor, param: Tensor) -> Tensor | None:
@@ -480,10 +540,6 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
             owner.add_module(part, nn.ModuleDict())
         owner = owner._modules[part]  # type: ignore[assignment]
     owner.add_module(name, module)
-
-
-def _within(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
 
 
 def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:

@@ -11,23 +11,24 @@ import torch
 from qcore.model import Port, Site, TensorReader, Topology
 from qcore.model.layers import layout
 from qcore.numbers import QuantSpec
-from qcore.transforms import Insert, ModuleConfig, Rewrite, Rotate, Transform
+from qcore.transforms import Rewrite, Transform
+from qcore.transforms.rewrite import Insert, ModuleConfig, Rotate
 from torch import Tensor, nn
 
 
 class Reflect(nn.Module):
-    """x - 2·n·(n·x) for the unit vector n."""
+    """x - 2·n·(n·x) / (n·n): x in a mirror whose normal is n."""
 
     name: ClassVar[str] = "reflect"
     normal: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("normal", torch.zeros(channels))
+        self.register_buffer("normal", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.normal.to(x.dtype)
-        return x - 2 * (x @ n).unsqueeze(-1) * n
+        return x - (2 / n.square().sum()) * (x @ n).unsqueeze(-1) * n
 
     def config(self) -> dict[str, Any]:
         return {"channels": self.normal.numel()}
@@ -39,7 +40,7 @@ class Reflect(nn.Module):
 
 @dataclass(frozen=True)
 class Spread(Transform):
-    """The reflection that maps the heaviest input channel of a layer onto the mean of all."""
+    """The reflection that maps the heaviest input channel of a layer onto all of them in equal shares."""
 
     name: ClassVar[str] = "spread"
 
@@ -50,15 +51,15 @@ class Spread(Transform):
                 continue
             weight = layout(model.get_submodule(site.module), site.tensor).matrix(reader[site.param])  # [N, K]
             normal = _normal(weight.abs().amax(0))
-            turn = torch.eye(len(normal), dtype=normal.dtype) - 2 * torch.outer(normal, normal)
-            rewrite.edits[site.param] = (Rotate(Port(site.param, "in"), turn.unsqueeze(0)),)
+            n = normal.double()
+            mirror = torch.eye(len(n), dtype=n.dtype) - 2 * torch.outer(n, n) / n.square().sum()
+            rewrite.edits[site.param] = (Rotate(Port(site.param, "in"), mirror.unsqueeze(0)),)
             rewrite.inserts[site.module] = Insert(ModuleConfig(Reflect.name, {"channels": len(normal)}, {"normal": normal}))
         return rewrite
 
 
 def _normal(heaviness: Tensor) -> Tensor:
-    """Unit normal of the mirror between the heaviest channel's axis and the diagonal.  [K] → [K] float64"""
-    channels = heaviness.numel()
-    normal = torch.full((channels,), -(channels**-0.5), dtype=torch.float64)
+    """Normal of the mirror between the heaviest channel's axis and the diagonal's far end, so that it is never zero.  [K] → [K] float32"""
+    normal = torch.full_like(heaviness, heaviness.numel() ** -0.5, dtype=torch.float32)
     normal[heaviness.argmax()] += 1
-    return torch.nn.functional.normalize(normal, dim=0)
+    return normal

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
-from qcore.model.topology import Block, Site
-from torch import Tensor, nn
+from qcore.model.topology import Block, Site, within
+from qcore.modules.online import Online
 
 Progress = Callable[[str, int, int], None]
 
@@ -276,6 +278,8 @@ class BlockRunner:
     def _watch(self, site: Site, see: Callable[..., None]) -> Callable[[], None]:
         """Hook or tap one site; returns how to take it away."""
         owner = self.feed.model.get_submodule(site.module)
+        if isinstance(owner, Online) and site.tensor == "input":
+            owner = owner.leaf  # a leaf's input is what it is multiplied with: behind what was put before it
         if site.tensor in ("input", "output"):
             rows_of = layout(owner).rows if site.tensor == "input" and hasattr(owner, "weight") else _flat
 
@@ -302,9 +306,9 @@ class BlockRunner:
         candidates = [
             path
             for path, _ in self.module.named_modules(prefix=prefix)
-            if path != prefix and any(_within(m, path) for m in self._solved) and not any(_within(m, path) or _within(path, m) for m in still_open)
+            if path != prefix and any(within(m, path) for m in self._solved) and not any(within(m, path) or within(path, m) for m in still_open)
         ]
-        self._final = [p for p in candidates if not any(p != q and _within(p, q) for q in candidates)]
+        self._final = [p for p in candidates if not any(p != q and within(p, q) for q in candidates)]
         for key in [key for key in self._kept if key[0] not in self._final]:
             self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
 
@@ -342,10 +346,6 @@ class BlockRunner:
             for key in [k for k in self._kept if k[1] == batch]:
                 self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
         return hidden
-
-
-def _within(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(parent + ".")
 
 
 def _nbytes(output: Any) -> int:

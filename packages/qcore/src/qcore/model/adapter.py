@@ -40,6 +40,16 @@ class ModelAdapter(Protocol):
         return RunContext()
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Parameters that are one object under two names: each later name → the first.  For `Topology.ties`."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(param), name) != name:
+            ties[name] = first[id(param)]
+    return ties
+
+
 def adapter_for(model: nn.Module, adapters: Mapping[str, type], name: str | None = None) -> ModelAdapter:
     """The adapter that understands `model`, or the named one."""
     if name is not None:

@@ -60,6 +60,10 @@ class ModelSource(Protocol):
         """The float architecture of a checkpoint that qcore wrote, from its config alone: parameters on meta, buffers real."""
         raise NotFound(f"source {self.name!r} cannot rebuild a model from {folder}; pass the float model as `skeleton=`")
 
+    def tokenizer(self, folder: Path) -> Any:
+        """What `write_companions` put into a checkpoint to encode text: an object as `LoadedModel.tokenizer`, or None."""
+        return None
+
 
 def load_source(uri: str, sources: Mapping[str, type]) -> LoadedModel:
     """Ask every source in turn; NotFound lists what each would have taken."""

@@ -133,26 +133,29 @@ class Topology:
     links:    sets of shared channels
     blocked:  the axes of weights that no link may touch, each with the reason
     activations: sites inside modules that may be quantized (q, k, v, p …), beside the inputs of the blocks' sites
+    ties:     parameter → the one that it shares its value with, as `tied_names` finds them; checkpoints store only the latter
     """
 
     blocks: tuple[Block, ...]
     links: tuple[Link, ...] = ()
     blocked: Mapping[Port, str] = field(default_factory=dict)
     activations: tuple[Site, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def links_with(self, invariance: Invariance) -> tuple[Link, ...]:
         """The links that allow all of `invariance`."""
         return tuple(link for link in self.links if invariance in link.invariance)
 
     def within(self, block: Block) -> "Topology":
-        """The part of this topology that concerns one block alone: links whose every port lies inside it."""
-        prefix = block.module + "."
+        """The part of this topology that concerns one block alone: links whose every port lies inside it.  Module "" is the whole model."""
+        prefix = f"{block.module}." if block.module else ""
         links = tuple(link for link in self.links if all(p.param.startswith(prefix) for p in link.ports))
         return Topology(
             blocks=(block,),
             links=links,
             blocked={p: why for p, why in self.blocked.items() if p.param.startswith(prefix)},
-            activations=tuple(s for s in self.activations if s.module.startswith(prefix)),
+            activations=tuple(s for s in self.activations if f"{s.module}.".startswith(prefix)),
+            ties=self.ties,
         )
 
     @property
@@ -171,3 +174,13 @@ def covered_axes(topology: Topology) -> dict[tuple[str, Axis], str]:
 def params_of(ports: Iterable[Port]) -> tuple[str, ...]:
     """The distinct parameter names, in order."""
     return tuple(dict.fromkeys(port.param for port in ports))
+
+
+def within(path: str, parent: str) -> bool:
+    """Whether a module path is `parent` itself or lies below it; everything lies below "", the whole model."""
+    return not parent or path == parent or path.startswith(parent + ".")
+
+
+def join(parent: str, name: str) -> str:
+    """The full name of something below `parent`."""
+    return f"{parent}.{name}" if parent else name

@@ -124,6 +124,10 @@ class Float(NumberFormat):
             raise SpecError(
                 f"a minifloat has at least 1 exponent bit and at most 8 bits in all, got exponent={self.exponent}, mantissa={self.mantissa}"
             )
+        if self.special not in ("none", "nan", "ieee"):
+            raise SpecError(f"unknown special patterns {self.special!r} of a minifloat; have: none, nan, ieee")
+        if self._top < 1:
+            raise SpecError(f"{self} has no number but zero: all other patterns are special; give it a mantissa bit, or special 'none'")
 
     @property
     def bits(self) -> int:
@@ -151,7 +155,8 @@ class Float(NumberFormat):
         x = x.float()
         magnitude = x.abs().clamp(max=self.hi)
         _, e = torch.frexp(magnitude)  # magnitude = f · 2^e with f in [1/2, 1)
-        e = (e - 1).clamp(min=self._lowest_exponent)
+        # frexp gives zero the exponent 0, which would be a normal number's
+        e = torch.where(magnitude == 0, self._lowest_exponent, e - 1).clamp(min=self._lowest_exponent)
         # in units of the last place: torch.round is half to even, and a carry into the next exponent is the next pattern by itself
         units = torch.ldexp(magnitude, self.mantissa - e).round()
         pattern = (((e - self._lowest_exponent) << self.mantissa) + units.int()).clamp(max=self._top)
@@ -179,7 +184,8 @@ class PowerOfTwo(NumberFormat):
     rule: how the shared exponent of a block follows from its largest magnitude A, for elements with largest number E (OCP MX v1.0, section 6.3).
           "floor": floor(log2 A) - floor(log2 E), the standard's own; the largest element may saturate.
           "ceil":  ceil(log2(A / E)): never saturates (also called RCEIL).
-          "even":  as floor, after A was rounded to the element's mantissa: 3.5 → 4 for FP4 (compressed-tensors' and Quark's rule).
+          "even":  as floor, after A was rounded to the element's mantissa: 3.5 → 4 for FP4 (Quark's rule, and that of compressed-tensors for FP4 and
+                   FP6; for FP8 compressed-tensors rounds to FP4's one mantissa bit).
     """
 
     name: ClassVar[str] = "e8m0"
@@ -218,8 +224,8 @@ class PowerOfTwo(NumberFormat):
 
 
 def _mantissa_bits(element: NumberFormat) -> int:
-    """Bits behind the leading one of the element's largest numbers: 1 for E2M1, 6 for 8-bit integers."""
-    return element.mantissa if isinstance(element, Float) else max(element.bits - 2, 0)
+    """Bits behind the leading one of the element's largest numbers: 1 for E2M1, 6 for 8-bit integers, 7 for unsigned ones."""
+    return element.mantissa if isinstance(element, Float) else max(element.bits - (2 if element.lo < 0 else 1), 0)
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ GRANULARITIES: dict[str, type] = {c.name: c for c in (Unscaled, PerTensor, PerCh
 
 
 def grid(shape: Shape, block: Shape) -> Shape:
-    """How many blocks lie along each axis."""
-    return tuple(-(-d // b) for d, b in zip(shape, block, strict=True))
+    """How many blocks lie along each axis; an empty axis that one block spans has that one block."""
+    return tuple(-(-d // b) if b else 1 for d, b in zip(shape, block, strict=True))
 
 
 def to_blocks(x: Tensor, block: Shape) -> Tensor:
@@ -137,7 +137,11 @@ def from_blocks(blocks: Tensor, block: Shape, shape: Shape) -> Tensor:
 
 
 def spread(s: Tensor, block: Shape, shape: Shape) -> Tensor:
-    """Repeat one value per block over its block.  [g0, g1, …] → shape"""
+    """Repeat one value per block over its block.  [g0, g1, …] → shape, or what broadcasts to it
+
+    Missing leading axes are of size 1, so that one static scale, [1] or [K], serves activations of any rank.
+    """
+    s = s.reshape((1,) * (len(shape) - s.ndim) + s.shape)
     for i, (b, d) in enumerate(zip(block, shape, strict=True)):
         if s.shape[i] == 1 and d > 1:
             s = s.expand(*s.shape[:i], d, *s.shape[i + 1 :])

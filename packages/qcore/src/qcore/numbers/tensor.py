@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.formats import NumberFormat
 from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
@@ -17,7 +18,7 @@ class QTensor:
     """A quantized tensor: a plain record of its spec and its stored parts.
 
     parts: "codes"  the tensor's shape; its last axis divided by `format.dim` for vectors
-           "scale"  one per block, float32 values that the spec's scale dtype holds exactly; or "scale.codes", "scale.scale" … where scales have a spec
+           "scale"  one per block, float32 values that the spec's scale dtype holds exactly; where scales have a spec, "scale.codes", "scale.scale" …
            "offset" one per block: an integer zero point (CODE) or a float (VALUE)
            and the format's own fitted parts, such as "codebook"
     shape: of the tensor that it stands for
@@ -91,7 +92,7 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
     """
     ideal = ideal_scale(low, high, spec)
     parts = store_scale(ideal, spec)
@@ -113,9 +114,10 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
             if fmt.lo < 0:
                 ideal = torch.maximum(ideal, low / fmt.lo)
     else:
-        ideal = (high - low) / (fmt.hi - fmt.lo)
+        # in float64, for high - low may exceed float32
+        ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    return torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
+    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
 
 
 def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -124,12 +126,16 @@ def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     if spec.offset is Offset.CODE:
         zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
         return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    dtype = SCALE_DTYPES[spec.scale] if isinstance(spec.scale, str) else torch.float32
-    return (low - fmt.lo * scale).to(dtype).float()
+    return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
-def _lacks_zero(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+@lru_cache
+def _has_zero(fmt: NumberFormat) -> bool:
+    """Whether zero is one of the format's numbers: not for one signed bit, and nobody knows for fitted ones."""
+    if fmt.parts:
+        return False
+    zero = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
+    return not fmt.decode(fmt.encode(zero)).any()
 
 
 def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
@@ -137,18 +143,24 @@ def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     if isinstance(spec.scale, QuantSpec):
         inner = quantize(ideal, spec.scale)
         return {f"scale.{name}": part for name, part in inner.parts.items()}
-    dtype = SCALE_DTYPES[spec.scale]
+    return {"scale": _stored(ideal, spec.scale, "a scale")}
+
+
+def _stored(values: Tensor, dtype_name: str, what: str) -> Tensor:
+    """float32 values that the dtype holds exactly: the nearest ones, but no value is rounded to zero.
+
+    Below the normal numbers (6.1e-5 in float16) magnitudes are rounded up: the nearest multiple of 2^-24 could be a third too small, and would clip.
+    """
+    dtype = SCALE_DTYPES[dtype_name]
     if dtype is torch.float32:
-        return {"scale": ideal}
+        return values
     limits = torch.finfo(dtype)
-    if ideal.numel() and ideal.abs().max() > limits.max:
-        raise SpecError(
-            f"a scale of {float(ideal.abs().max()):.4g} does not fit {spec.scale} (largest {limits.max:.4g}); use scale 'bfloat16' or 'float32'"
-        )
-    stored = ideal.to(dtype).float()
-    smallest = limits.smallest_normal
-    # a scale that underflows would erase its block
-    return {"scale": torch.where((stored.abs() < smallest) & (ideal != 0), torch.copysign(torch.full_like(ideal, smallest), ideal), stored)}
+    stored = values.to(dtype).float()
+    if not torch.isfinite(stored).all():
+        worst = float(values[~torch.isfinite(stored)][0])
+        raise SpecError(f"{what} of {worst:.4g} does not fit {dtype_name} (largest {limits.max:.4g}); use scale 'bfloat16' or 'float32'")
+    step = limits.smallest_normal * limits.eps  # between subnormal numbers
+    return torch.where(values.abs() < limits.smallest_normal, torch.copysign((values.abs() / step).ceil() * step, values), stored)
 
 
 def stored_scale(parts: Mapping[str, Tensor], spec: QuantSpec, blocks: Shape) -> Tensor:
@@ -167,10 +179,10 @@ def quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = No
     weight: importance of each value for fitted formats, of x's shape
     Raises SpecError for NaN or infinity, and where the granularity does not fit the shape.
     """
-    require_finite(x)
     shape = tuple(x.shape)
     spec.check(shape)
     x = x.float()
+    require_finite(x)
     block = spec.granularity.block(shape)
     chosen = dict(parts or {})
     if spec.scaled and not any(k == "scale" or k.startswith("scale.") for k in chosen):
@@ -208,16 +220,19 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     """The format's fitted parts for already normalized values `z`, per tensor or per block."""
     fmt = spec.format
     shape = tuple(z.shape)
+    block = spec.granularity.block(shape)
+    if fmt.per_block and weight is None and any(d % b for d, b in zip(shape, block, strict=True)):
+        # blocks at the edges are filled up with zeros, which count for nothing
+        weight = torch.ones_like(z)
 
     def lay(t: Tensor) -> Tensor:
-        rows = t.reshape(1, -1) if not fmt.per_block else to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = to_blocks(t, block).flatten(0, -2) if fmt.per_block else t.reshape(1, -1)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
     if not fmt.per_block:
         return {name: p[0] for name, p in fitted.items()}
-    blocks = grid(shape, spec.granularity.block(shape))
-    return {name: p.unflatten(0, blocks) for name, p in fitted.items()}
+    return {name: p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Protocol
 
+from torch import nn
+
 from qcore.calibration.observer import Observer, Seen
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
 from qcore.transforms.rewrite import Rewrite
-from torch import nn
 
 
 class Transform(Protocol):
