@@ -26,6 +26,7 @@ from qcore.numbers import (
 from qcore.numbers.granularity import block_range, spread
 from qcore.numbers.tensor import scale_parts
 from qcore.solvers import GPTQ, RTN
+from qcore.testing import check_solver
 
 DOUBLE = QuantSpec(format=Int(4), granularity=PerGroup(16), scale=QuantSpec(format=Int(6, signed=False), granularity=PerGroup(3), scale="float16"))
 SPECS = {
@@ -283,3 +284,9 @@ def test_errors_name_both_sides():
         GPTQ(damp=-1)
     with pytest.raises(SpecError, match="sweeps"):
         GPTQ(sweeps=-1)
+
+
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True), GPTQ(sweeps=1), GPTQ(clip="none", static_groups=True)], ids=repr)
+def test_gptq_keeps_the_contract_of_solvers(solver):
+    for spec in (SPECS["int4"], SPECS["int3-zero-point"], SPECS["nvfp4"]):
+        check_solver(solver, spec)

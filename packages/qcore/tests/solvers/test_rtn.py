@@ -22,6 +22,7 @@ from qcore.numbers import (
     quantize,
 )
 from qcore.solvers import RTN
+from qcore.testing import check_solver
 
 DOUBLE = QuantSpec(format=Int(4), granularity=PerGroup(16), scale=QuantSpec(format=Int(6, signed=False), granularity=PerGroup(3), scale="float16"))
 SPECS = {
@@ -188,3 +189,9 @@ def test_nothing_is_stored_for_nan():
 def test_options_are_checked(options):
     with pytest.raises(SpecError):
         RTN(**options)
+
+
+@pytest.mark.parametrize("solver", [RTN(), RTN(clip="none"), RTN(weighted=True)], ids=repr)
+def test_rtn_keeps_the_contract_of_solvers(solver):
+    for spec in (SPECS["int4"], SPECS["int3-zero-point"], SPECS["nvfp4"]):
+        check_solver(solver, spec)
