@@ -112,6 +112,8 @@ class _Run:
     codes: [K / d, N]
     """
 
+    codes: Tensor
+
     def __init__(self, options: GPTQ, w: Tensor, gram: Tensor, lattice: Lattice, frozen: Tensor | None) -> None:
         self.options, self.lattice = options, lattice
         self.d = lattice.spec.format.dim
@@ -121,7 +123,6 @@ class _Run:
         self.w = w.T.contiguous()
         self.held = None if frozen is None else frozen.T.contiguous()
         self.gram, self.R, self.D = self._factor(gram)
-        self.codes = torch.empty(self.K // self.d, self.N, dtype=torch.uint8)
 
     # the Gram ----------------------------------------------------------------------------------------------------------------------------
     def _order(self, gram: Tensor) -> Tensor | None:
@@ -172,7 +173,6 @@ class _Run:
             choose_all(self._free(slice(None), self.w), lattice, self.options, self.heavy)
         else:
             lattice.start(self._free(slice(None), self.w), self.heavy)
-        self.codes = self.codes.to(lattice.code_dtype())
         self.place = list(range(self.K)) if order is None else order.tolist()  # where a column in processing order lies in the weight
         self.error = self.w.clone() if order is None else self.w[order]
         self.u = self.error.clone()
@@ -206,6 +206,8 @@ class _Run:
                     group = slice(k, min(k + bc, self.K))
                     heavy = None if self.heavy is None else self.heavy[group]
                     self.lattice.choose(k // bc, self._free(group, self._absorbed(group)), self.options, heavy)
+                if k == 0:  # by now the format is fitted, and knows what its codes are
+                    self.codes = torch.empty(self.K // self.d, self.N, dtype=self.lattice.code_dtype())
                 (self._round_column if self.d == 1 else self._round_vector)(k, b)
             return
         # a group of columns is complete when its turn comes only if no split cuts it before

@@ -277,10 +277,10 @@ class Lattice:
         return fmt.decode(codes.expand(self.shape[0], -1), params)
 
     def code_dtype(self) -> torch.dtype:
+        """Of the format's codes; ask when it is fitted."""
         fmt = self.spec.format
-        x = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
-        params = {k: v[0, :1] for k, v in self.params.items()} if fmt.per_block else self.params
-        return fmt.encode(x, params).dtype if params or not fmt.parts else torch.uint8 if fmt.bits <= 8 else torch.int16
+        params = {name: p[0, :1] for name, p in self.params.items()} if fmt.per_block else self.params
+        return fmt.encode(torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim), params).dtype
 
     def normal(self, x: Tensor, g: int) -> Tensor:
         """x in units of the format.  [..., N] → [..., N]"""
