@@ -31,7 +31,7 @@ def test_an_online_rotation_is_a_runtime_module(size):
 
 
 def test_sizes_without_a_matrix_are_named_with_the_next_that_has_one():
-    with pytest.raises(SpecError, match="size 52 .* pad to 56"):
+    with pytest.raises(SpecError, match=r"size 52 .* pad to 56"):
         OnlineHadamard(52, 52)
 
 
