@@ -163,12 +163,14 @@ def train(
     """Train with AdamW; resume from the checkpoint if there is one. Return the loss curve and the seconds.
 
     ``loss_of(step)`` makes the step's batch, runs the model and returns the loss to be differentiated, or a pair of it and the
-    loss to be recorded. Weight decay is on the parameters of two and more dimensions.
+    loss to be recorded. Weight decay is on the parameters that are matrices or kernels (but not Mamba's A_log and RWKV's r_k).
     """
     import torch
 
-    wide = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    narrow = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    wide, narrow = [], []
+    for key, parameter in model.named_parameters():
+        matrix = parameter.squeeze().ndim >= 2 and not key.endswith(("A_log", "r_k"))
+        (wide if matrix else narrow).append(parameter)
     groups = [{"params": wide, "weight_decay": weight_decay}, {"params": narrow, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, eps=1e-8, fused=True)
     checkpoint = WORK / name / "checkpoint.pt"
@@ -206,7 +208,7 @@ def train(
             temporary.replace(checkpoint)
     model.eval()
     return {"train_loss": curve, "seconds": round(time.monotonic() - began, 1), "optimizer": {
-        "name": "AdamW", "betas": list(betas), "eps": 1e-8, "weight_decay": weight_decay, "decayed": "parameters with ndim >= 2",
+        "name": "AdamW", "betas": list(betas), "eps": 1e-8, "weight_decay": weight_decay, "decayed": "matrices and kernels",
         "gradient_clip": clip,
     }, "lr_schedule": {"kind": "linear warm-up, then cosine", "peak": peak, "warmup": warmup, "final_factor": 0.02}}  # fmt: skip
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common import DATA, EOT, VOCAB_SIZE, WORK, sha256_bytes, sha256_file, write_json
 
 PIECE_CHARS = 3000
@@ -235,9 +236,7 @@ def fetch(packages: list[str], folder: Path) -> dict[str, dict[str, Any]]:
             subprocess.run(["apt-get", "download", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
             debs = sorted(folder.glob(f"{package}_*.deb"))
         subprocess.run(["dpkg-deb", "-x", debs[-1], folder / package], check=True)
-        version = subprocess.run(
-            ["dpkg-deb", "-f", debs[-1], "Version"], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        version = subprocess.run(["dpkg-deb", "-f", debs[-1], "Version"], check=True, capture_output=True, text=True).stdout.strip()
         found[package] = {"version": version, "deb_bytes": debs[-1].stat().st_size, "deb_sha256": sha256_file(debs[-1])}
     return found
 

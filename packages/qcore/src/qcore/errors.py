@@ -4,7 +4,8 @@ A message names the place, both values and the next step.  The command line prin
 anything that is not a `QcoreError` is a defect of ours, and shows its traceback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class QcoreError(Exception):
@@ -38,3 +39,14 @@ class PlanError(QcoreError):
         self.problems = tuple(problems)
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{head} found before any computing:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+@contextmanager
+def at(place: object) -> Iterator[None]:
+    """Put `place` before the message of any QcoreError raised inside: the inner says what, the outer says where."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except QcoreError as e:
+        raise type(e)(f"{place}: {e}") from e

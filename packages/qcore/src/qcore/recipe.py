@@ -64,7 +64,6 @@ class Recipe:
     rules: tuple[Rule, ...]
     solver: WeightSolver
     transforms: tuple[Transform, ...] = ()
-    allocator: Any = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     propagate: Literal["float", "weights", "all"] = "weights"
 

@@ -1,0 +1,17 @@
+"""Language models for qcore: adapters for transformers' decoders, and sources that read its folders and GGUF files."""
+
+from qcore.plugins import hookimpl
+
+
+@hookimpl
+def qcore_adapters():
+    from qplug_llm.decoder import DecoderLM
+
+    return [DecoderLM]
+
+
+@hookimpl
+def qcore_sources():
+    from qplug_llm.sources import GGUF, TransformersFolder
+
+    return [GGUF, TransformersFolder]

@@ -1,0 +1,1 @@
+"""qcore plug-in for vision-language models.  It registers nothing yet."""

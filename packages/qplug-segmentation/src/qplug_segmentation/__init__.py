@@ -1,0 +1,1 @@
+"""qcore plug-in for referring segmentation.  It registers nothing yet."""

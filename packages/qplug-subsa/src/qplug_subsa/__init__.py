@@ -1,0 +1,1 @@
+"""qcore plug-in for selection of samples by submodular functions.  It registers nothing yet."""

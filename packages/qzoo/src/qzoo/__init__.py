@@ -1,0 +1,10 @@
+"""Small trained reference models and data for qcore, as package data: the offline default, and the evidence."""
+
+from qcore.plugins import hookimpl
+
+
+@hookimpl
+def qcore_sources():
+    from qzoo.source import Zoo
+
+    return [Zoo]

@@ -99,10 +99,12 @@ def _index(path: Path) -> dict[str, Path]:
     return where
 
 
-def owned_names(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, bool]]:
-    """(full name, owner, own name, is parameter) of every parameter and persistent buffer below `module`."""
+def owned_names(module: nn.Module, prefix: str, recurse: bool = True) -> list[tuple[str, nn.Module, str, bool]]:
+    """(full name, owner, own name, is parameter) of every parameter and persistent buffer of `module`, and below it."""
     found = []
-    for path, m in module.named_modules(prefix=prefix.rstrip(".")):
+    start = prefix.rstrip(".")
+    # the same module may stand at two paths; both names count
+    for path, m in module.named_modules(prefix=start, remove_duplicate=False) if recurse else [(start, module)]:
         head = f"{path}." if path else ""
         found += [(head + n, m, n, True) for n, p in m._parameters.items() if p is not None]
         found += [(head + n, m, n, False) for n, b in m._buffers.items() if b is not None and n not in m._non_persistent_buffers_set]
@@ -110,12 +112,12 @@ def owned_names(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, st
 
 
 @torch.no_grad()
-def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: torch.dtype | None = None) -> None:
+def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: torch.dtype | None = None, recurse: bool = True) -> None:
     """Fill `module` in place with the reader's tensors; parameters are cast to `dtype`, buffers keep theirs.
 
     prefix: path of `module` in the whole model, so that names agree with the reader's; "" for the root
     """
-    for name, owner, own, is_param in owned_names(module, prefix):
+    for name, owner, own, is_param in owned_names(module, prefix, recurse):
         if name not in reader:
             continue
         value = reader[name]
@@ -133,6 +135,24 @@ def release(module: nn.Module) -> None:
         for own, p in m._parameters.items():
             if p is not None and not p.is_meta:
                 m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def tied_groups(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names that stand for one and the same parameter, such as the embedding and the output head."""
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def retie(model: nn.Module, groups: Iterable[tuple[str, ...]], unties: Iterable[str] = ()) -> None:
+    """Make the names of each group one parameter again, in place, but for those that a rewrite gave a value of their own."""
+    free = set(unties)
+    for names in groups:
+        kept = [n for n in names if n not in free]
+        for name in kept[1:]:
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._parameters[own] = model.get_parameter(kept[0])
 
 
 def missing_names(module: nn.Module, prefix: str = "") -> list[str]:

@@ -60,6 +60,10 @@ class ModelSource(Protocol):
         """The float architecture of a checkpoint that qcore wrote, from its config alone: parameters on meta, buffers real."""
         raise NotFound(f"source {self.name!r} cannot rebuild a model from {folder}; pass the float model as `skeleton=`")
 
+    def tokenizer(self, folder: Path) -> Any:
+        """What `write_companions` put into a checkpoint to encode text: an object as `LoadedModel.tokenizer`, or None."""
+        return None
+
 
 def load_source(uri: str, sources: Mapping[str, type]) -> LoadedModel:
     """Ask every source in turn; NotFound lists what each would have taken."""
@@ -87,8 +91,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
-        # a parameter that is on meta already is registered a second time because it is tied: it must stay one object
-        if param is not None and not param.is_meta:
+        if param is not None and not param.is_meta:  # one on meta may be tied: it stays the same object
             kept = self._parameters[name]
             assert kept is not None
             self._parameters[name] = nn.Parameter(kept.to("meta"), requires_grad=False)

@@ -174,3 +174,13 @@ def covered_axes(topology: Topology) -> dict[tuple[str, Axis], str]:
 def params_of(ports: Iterable[Port]) -> tuple[str, ...]:
     """The distinct parameter names, in order."""
     return tuple(dict.fromkeys(port.param for port in ports))
+
+
+def within(path: str, parent: str) -> bool:
+    """Whether a module path is `parent` itself or lies below it; everything lies below "", the whole model."""
+    return not parent or path == parent or path.startswith(parent + ".")
+
+
+def join(parent: str, name: str) -> str:
+    """The full name of something below `parent`."""
+    return f"{parent}.{name}" if parent else name

@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from qcore.errors import SpecError
 from qcore.numbers.hadamard import core_size, padded_size, transform
-from torch import Tensor, nn
 
 
 class OnlineHadamard(nn.Module):

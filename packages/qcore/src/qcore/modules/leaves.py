@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qcore.errors import SpecError
 from torch import nn
+
+from qcore.errors import SpecError
 
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),

@@ -1,6 +1,11 @@
 """Every module that a checkpoint may contain is registered, and is rebuilt from plain data."""
 
+import inspect
 from typing import Any, ClassVar, Protocol, Self
+
+from torch import nn
+
+from qcore.errors import SpecError
 
 
 class RuntimeModule(Protocol):
@@ -8,6 +13,9 @@ class RuntimeModule(Protocol):
 
     name:   lower case; stands in the manifest
     config: JSON-ready; `from_config(config())` makes the same module with empty buffers, which `load_state_dict` fills
+
+    Registered modules inside another one (`online`, the leaves of a sum) are no part of its config: each has an entry of its own under its path.
+    A `from_config` whose config names formats or packings takes a second parameter, `registry`, and is given the one that is loading.
     """
 
     name: ClassVar[str]
@@ -16,3 +24,22 @@ class RuntimeModule(Protocol):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self: ...
+
+
+def rebuild(cls: type, config: dict[str, Any], registry: Any) -> nn.Module:
+    """`cls.from_config(config)`, with the registry where it asks for one."""
+    make = cls.from_config  # type: ignore[attr-defined]
+    return make(config, registry=registry) if "registry" in inspect.signature(make).parameters else make(config)
+
+
+def module_name(module: nn.Module, modules: Any) -> str | None:
+    """The name under which the class of `module` is registered in `modules`; None for everything else.
+
+    modules: classes by name, such as `load_registry().modules`
+    """
+    name = getattr(type(module), "name", None)
+    if not isinstance(name, str) or not callable(getattr(type(module), "from_config", None)):
+        return None
+    if name not in modules or modules[name] is not type(module):
+        raise SpecError(f"{type(module).__qualname__} is a run-time module that is not registered as {name!r}; return it from the hook qcore_modules")
+    return name

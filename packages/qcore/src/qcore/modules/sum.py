@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from qcore.modules.leaves import build_leaf, leaf_config
 from torch import Tensor, nn
+
+from qcore.modules.leaves import build_leaf, leaf_config
 
 
 class Sum(nn.Module):

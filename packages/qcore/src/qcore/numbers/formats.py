@@ -184,7 +184,8 @@ class PowerOfTwo(NumberFormat):
     rule: how the shared exponent of a block follows from its largest magnitude A, for elements with largest number E (OCP MX v1.0, section 6.3).
           "floor": floor(log2 A) - floor(log2 E), the standard's own; the largest element may saturate.
           "ceil":  ceil(log2(A / E)): never saturates (also called RCEIL).
-          "even":  as floor, after A was rounded to the element's mantissa: 3.5 → 4 for FP4 (compressed-tensors' and Quark's rule).
+          "even":  as floor, after A was rounded to the element's mantissa: 3.5 → 4 for FP4 (Quark's rule, and that of compressed-tensors for FP4 and
+                   FP6; for FP8 compressed-tensors rounds to FP4's one mantissa bit).
     """
 
     name: ClassVar[str] = "e8m0"
@@ -223,8 +224,8 @@ class PowerOfTwo(NumberFormat):
 
 
 def _mantissa_bits(element: NumberFormat) -> int:
-    """Bits behind the leading one of the element's largest numbers: 1 for E2M1, 6 for 8-bit integers."""
-    return element.mantissa if isinstance(element, Float) else max(element.bits - 2, 0)
+    """Bits behind the leading one of the element's largest numbers: 1 for E2M1, 6 for 8-bit integers, 7 for unsigned ones."""
+    return element.mantissa if isinstance(element, Float) else max(element.bits - (2 if element.lo < 0 else 1), 0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`QuantSpec`: what is stored for one tensor, and nothing about how it was found."""
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from math import prod
 from typing import Any, Literal
@@ -50,6 +50,8 @@ class QuantSpec:
             raise SpecError(f"unknown scale dtype {self.scale!r}; have: {', '.join(SCALE_DTYPES)}, or a spec of its own")
         if isinstance(self.scale, QuantSpec) and self.scale.offset is not Offset.NONE:
             raise SpecError("a scale's own spec cannot have an offset")
+        if self.when not in ("static", "dynamic"):
+            raise SpecError(f"unknown time {self.when!r} at which scales are found; have: static, dynamic")
 
     @property
     def scaled(self) -> bool:
@@ -148,11 +150,15 @@ def spec_from_dict(d: dict[str, Any], formats: "dict[str, type] | Any") -> Quant
     unknown = set(d) - {"format", "granularity", "offset", "scale", "when"}
     if unknown:
         raise SpecError(f"unknown field {sorted(unknown)[0]!r} in a quantization spec; have: format, granularity, offset, scale, when")
-    scale = d.get("scale", "float32")
+    if missing := [name for name in ("format", "granularity") if name not in d]:
+        raise SpecError(f"a quantization spec has no {missing[0]!r}, got {', '.join(sorted(d)) or 'nothing'}")
+    offset, scale = d.get("offset", "none"), d.get("scale", "float32")
+    if offset not in (known := [o.value for o in Offset]):
+        raise SpecError(f"unknown offset {offset!r}; have: {', '.join(known)}")
     return QuantSpec(
         format=_build(formats, d["format"], "format"),
         granularity=_build(GRANULARITIES, d["granularity"], "granularity"),
-        offset=Offset(d.get("offset", "none")),
+        offset=Offset(offset),
         scale=spec_from_dict(scale, formats) if isinstance(scale, dict) else scale,
         when=d.get("when", "static"),
     )
@@ -164,10 +170,16 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _build(classes: Any, d: dict[str, Any], what: str) -> Any:
     kwargs = {k: v for k, v in d.items() if k != "name"}
-    if what == "granularity" and d["name"] not in classes:
-        raise SpecError(f"unknown granularity {d['name']!r}; have: {', '.join(classes)}")
-    cls = classes[d["name"]]
-    known = {f.name for f in fields(cls)}
-    if bad := sorted(set(kwargs) - known):
+    if "name" not in d:
+        raise SpecError(f"a {what} has no 'name', got {d}")
+    try:
+        cls = classes[d["name"]]
+    except KeyError:
+        raise SpecError(f"unknown {what} {d['name']!r}; have: {', '.join(sorted(classes))}") from None
+    known = {f.name: f for f in fields(cls) if f.init}
+    if bad := sorted(set(kwargs) - set(known)):
         raise SpecError(f"{what} {d['name']!r} has no field {bad[0]!r}; have: {', '.join(sorted(known)) or 'none'}")
+    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING and name not in kwargs]
+    if needed:
+        raise SpecError(f"{what} {d['name']!r} needs the field {needed[0]!r}, got {', '.join(sorted(kwargs)) or 'none'}")
     return cls(**kwargs)

@@ -1,13 +1,14 @@
 """`QTensor`, and the three verbs: `quantize` makes codes, `dequantize` makes values, `fake_quantize` makes values on the grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers.formats import Int, NumberFormat
+from qcore.numbers.formats import NumberFormat
 from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
@@ -17,7 +18,7 @@ class QTensor:
     """A quantized tensor: a plain record of its spec and its stored parts.
 
     parts: "codes"  the tensor's shape; its last axis divided by `format.dim` for vectors
-           "scale"  one per block, float32 values that the spec's scale dtype holds exactly; or "scale.codes", "scale.scale" … where scales have a spec
+           "scale"  one per block, float32 values that the spec's scale dtype holds exactly; where scales have a spec, "scale.codes", "scale.scale" …
            "offset" one per block: an integer zero point (CODE) or a float (VALUE)
            and the format's own fitted parts, such as "codebook"
     shape: of the tensor that it stands for
@@ -91,8 +92,17 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
     """
+    ideal = ideal_scale(low, high, spec)
+    parts = store_scale(ideal, spec)
+    if spec.offset is not Offset.NONE:
+        parts["offset"] = offset_part(low, stored_scale(parts, spec, tuple(ideal.shape)), spec)
+    return parts
+
+
+def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of each block that covers [low, high], before it is rounded to what is stored; see `scale_parts`.  [g0, g1, …] float32"""
     fmt = spec.format
     low, high = low.float(), high.float()
     if spec.offset is Offset.NONE:
@@ -104,23 +114,28 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
             if fmt.lo < 0:
                 ideal = torch.maximum(ideal, low / fmt.lo)
     else:
-        ideal = (high - low) / (fmt.hi - fmt.lo)
+        # in float64, for high - low may exceed float32
+        ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    ideal = torch.where(empty, torch.full_like(ideal, 0.0 if _lacks_zero(fmt) and spec.offset is Offset.NONE else 1.0), ideal)
-    parts = store_scale(ideal, spec)
+    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
+
+
+def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The stored offset that puts the format's smallest number at `low`, given the stored scale of each block."""
+    fmt, low = spec.format, low.float()
     if spec.offset is Offset.CODE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        zero = (fmt.lo - low / torch.where(s == 0, 1.0, s)).round().clamp(fmt.lo, fmt.hi)
-        parts["offset"] = zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
-    elif spec.offset is Offset.VALUE:
-        s = stored_scale(parts, spec, tuple(ideal.shape))
-        dtype = SCALE_DTYPES[spec.scale] if isinstance(spec.scale, str) else torch.float32
-        parts["offset"] = (low - fmt.lo * s).to(dtype).float()
-    return parts
+        zero = (fmt.lo - low / torch.where(scale == 0, 1.0, scale)).round().clamp(fmt.lo, fmt.hi)
+        return zero.to(torch.int8 if fmt.lo < 0 else torch.uint8)
+    return _stored(low - fmt.lo * scale, spec.scale if isinstance(spec.scale, str) else "float32", "an offset")
 
 
-def _lacks_zero(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, Int) and fmt.signed and fmt.bits == 1
+@lru_cache
+def _has_zero(fmt: NumberFormat) -> bool:
+    """Whether zero is one of the format's numbers: not for one signed bit, and nobody knows for fitted ones."""
+    if fmt.parts:
+        return False
+    zero = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
+    return not fmt.decode(fmt.encode(zero)).any()
 
 
 def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
@@ -128,18 +143,24 @@ def store_scale(ideal: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     if isinstance(spec.scale, QuantSpec):
         inner = quantize(ideal, spec.scale)
         return {f"scale.{name}": part for name, part in inner.parts.items()}
-    dtype = SCALE_DTYPES[spec.scale]
+    return {"scale": _stored(ideal, spec.scale, "a scale")}
+
+
+def _stored(values: Tensor, dtype_name: str, what: str) -> Tensor:
+    """float32 values that the dtype holds exactly: the nearest ones, but no value is rounded to zero.
+
+    Below the normal numbers (6.1e-5 in float16) magnitudes are rounded up: the nearest multiple of 2^-24 could be a third too small, and would clip.
+    """
+    dtype = SCALE_DTYPES[dtype_name]
     if dtype is torch.float32:
-        return {"scale": ideal}
+        return values
     limits = torch.finfo(dtype)
-    if ideal.numel() and ideal.abs().max() > limits.max:
-        raise SpecError(
-            f"a scale of {float(ideal.abs().max()):.4g} does not fit {spec.scale} (largest {limits.max:.4g}); use scale 'bfloat16' or 'float32'"
-        )
-    stored = ideal.to(dtype).float()
-    smallest = limits.smallest_normal
-    # a scale that underflows would erase its block
-    return {"scale": torch.where((stored.abs() < smallest) & (ideal != 0), torch.copysign(torch.full_like(ideal, smallest), ideal), stored)}
+    stored = values.to(dtype).float()
+    if not torch.isfinite(stored).all():
+        worst = float(values[~torch.isfinite(stored)][0])
+        raise SpecError(f"{what} of {worst:.4g} does not fit {dtype_name} (largest {limits.max:.4g}); use scale 'bfloat16' or 'float32'")
+    step = limits.smallest_normal * limits.eps  # between subnormal numbers
+    return torch.where(values.abs() < limits.smallest_normal, torch.copysign((values.abs() / step).ceil() * step, values), stored)
 
 
 def stored_scale(parts: Mapping[str, Tensor], spec: QuantSpec, blocks: Shape) -> Tensor:
@@ -158,10 +179,10 @@ def quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = No
     weight: importance of each value for fitted formats, of x's shape
     Raises SpecError for NaN or infinity, and where the granularity does not fit the shape.
     """
-    require_finite(x)
     shape = tuple(x.shape)
     spec.check(shape)
     x = x.float()
+    require_finite(x)
     block = spec.granularity.block(shape)
     chosen = dict(parts or {})
     if spec.scaled and not any(k == "scale" or k.startswith("scale.") for k in chosen):
@@ -199,21 +220,47 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     """The format's fitted parts for already normalized values `z`, per tensor or per block."""
     fmt = spec.format
     shape = tuple(z.shape)
+    block = spec.granularity.block(shape)
+    if fmt.per_block and weight is None and any(d % b for d, b in zip(shape, block, strict=True)):
+        # blocks at the edges are filled up with zeros, which count for nothing
+        weight = torch.ones_like(z)
 
     def lay(t: Tensor) -> Tensor:
-        if not fmt.per_block:
-            rows = t.reshape(1, -1)
-        else:
-            rows = to_blocks(t, spec.granularity.block(shape)).flatten(0, -2)
+        rows = to_blocks(t, block).flatten(0, -2) if fmt.per_block else t.reshape(1, -1)
         return rows if fmt.dim == 1 else rows.unflatten(-1, (-1, fmt.dim))
 
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
     if not fmt.per_block:
         return {name: p[0] for name, p in fitted.items()}
-    blocks = grid(shape, spec.granularity.block(shape))
-    return {name: p.unflatten(0, blocks) for name, p in fitted.items()}
+    return {name: p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
     """`x` on the spec's grid: quantize, then dequantize.  Same shape and dtype."""
     return quantize(x, spec, parts).dequantize().to(x.dtype)
+
+
+def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
+    """One tensor from pieces that lie below each other, all of one spec: [N1, K], [N2, K] … → [N1 + N2 + …, K].
+
+    SpecError when scales or fitted parts are shared by rows of different pieces.
+    """
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    shape = (sum(q.shape[0] for q in pieces), *first.shape[1:])
+    spec = first.spec
+    if any(q.spec != spec for q in pieces):
+        raise SpecError(f"pieces of one weight have different specs: {', '.join(sorted({str(q.spec) for q in pieces}))}; give them one rule")
+    shared_parts = bool(spec.format.parts) and not spec.format.per_block
+    nested = isinstance(spec.scale, QuantSpec) and spec.scale.scaled
+    if (
+        shared_parts
+        or nested
+        or (spec.scaled and any(q.shape[0] % q.block[0] for q in pieces[:-1]))
+        or (spec.scaled and len({q.block[0] for q in pieces}) > 1)
+    ):
+        raise SpecError(f"{spec} shares numbers between the rows of pieces that are solved apart; use granularity 'channel' or 'group'")
+    if spec.scaled and first.block[0] == first.shape[0] > 1:
+        raise SpecError(f"{spec} has one scale for all rows, but they are solved in pieces; use granularity 'channel' or 'group'")
+    return QTensor(spec, {name: torch.cat([q.parts[name] for q in pieces]) for name in first.parts}, shape)

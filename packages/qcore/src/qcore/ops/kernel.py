@@ -1,14 +1,17 @@
 """What a kernel is, and how one is chosen: once, when a module is built or loaded, never per call."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from qcore.errors import NotFound
-from qcore.numbers import QuantSpec
-from qcore.numbers.granularity import Shape
 from torch import Tensor
+
+from qcore.errors import NotFound
+from qcore.numbers import QTensor, QuantSpec
+from qcore.numbers.granularity import Shape
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Job:
     weight:     its spec;  shape: [N, K]
     activation: the spec of the input, or None for float inputs
     device, dtype: where it runs, and the dtype of x
+    unpack:     the packing's own way back from stored parts: what the reference runs on, and kernels that want another layout
     """
 
     op: str
@@ -27,8 +31,9 @@ class Job:
     weight: QuantSpec
     shape: Shape
     activation: QuantSpec | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
+    unpack: Callable[[Mapping[str, Tensor]], QTensor] | None = None
 
 
 class Kernel(Protocol):
@@ -45,7 +50,10 @@ class Kernel(Protocol):
         """Why it cannot run the job, or None when it can."""
 
     def prepare(self, parts: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
-        """The parts as this kernel wants them, made once; they are not saved.  The default is the stored parts themselves."""
+        """The parts as this kernel wants them, made once; they are not saved.  The default is the stored parts themselves.
+
+        parts: the packing's, by its local names; for static activations also "input.scale" and "input.offset" (see `ops.activation`)
+        """
         return dict(parts)
 
     def __call__(self, x: Tensor, parts: Mapping[str, Tensor], job: Job) -> Tensor:

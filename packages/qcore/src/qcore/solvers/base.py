@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor, nn
+
 from qcore.calibration.observer import Observer, Seen
 from qcore.model.topology import Block, Site
 from qcore.numbers import QTensor, QuantSpec
-from torch import Tensor, nn
 
 
 class WeightSolver(Protocol):

@@ -1,0 +1,40 @@
+# Everything that a contributor does in a day.  `make help` lists it.
+.DEFAULT_GOAL := help
+PATHS ?= packages kernels
+
+.PHONY: help sync fix lint test slow bench docs evidence new-plugin
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+sync:  ## install the workspace and its tools, as the lock says
+	uv sync --locked
+
+fix:  ## format, and mend what can be mended by itself
+	uv run ruff check --fix .
+	uv run ruff format .
+
+lint:  ## style, formatting, import contracts, types
+	uv run ruff check .
+	uv run ruff format --check .
+	uv run lint-imports
+	uv run mypy
+
+test:  ## tests on the CPU; PATHS=packages/qcore for a part of them
+	uv run pytest -q $(PATHS)
+
+slow:  ## the tests that take longer
+	uv run pytest -q -m slow
+
+bench:  ## time the kernels on this machine
+	uv run python kernels/bench
+
+docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
+	uv run python tools/check_docs.py
+
+evidence:  ## compute the cells of docs/evidence that are missing
+	uv run python tools/bench/evidence.py
+
+new-plugin:  ## start a plug-in: make new-plugin name=ternary
+	@test -n "$(name)" || { echo "give it a name: make new-plugin name=ternary"; exit 2; }
+	uv run python tools/new_plugin.py $(name)

@@ -1,0 +1,382 @@
+"""Running a model block by block, and looking at what its sites see.
+
+Two ways to feed a block.  "previous": its first argument is what the block before put out; the other arguments (masks, rotary tables) are recorded
+once, by running the model with every block replaced by a relay that only passes its input on.  So the weights of no block but the one at hand are
+needed, and a model larger than memory can be calibrated.  "rerun": the model is run from the start and stopped behind the block.
+
+Inside a block, a stage is one pass that stops as soon as its sites have been seen; modules whose weights are already solved are run once and their
+outputs kept, so that going stage by stage costs little more than one forward pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcore.calibration.observer import Observer, Seen
+from qcore.errors import CalibrationError
+from qcore.model.adapter import Batch, ModelAdapter
+from qcore.model.layers import layout
+from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
+from qcore.model.topology import Block, Site, within
+from qcore.modules.online import Online
+
+Progress = Callable[[str, int, int], None]
+
+
+class _StopForward(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@dataclass
+class BlockInput:
+    """What one batch brings to a block: its arguments, and the run context of the whole pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: RunContext
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_hidden(self, hidden: Tensor) -> "BlockInput":
+        if self.args:
+            return BlockInput((hidden, *self.args[1:]), self.kwargs, self.context)
+        return BlockInput((), {**self.kwargs, "hidden_states": hidden}, self.context)
+
+
+class _Relay(nn.Module):
+    """Stands in for a block: records its arguments and passes its first one on, in the form in which the block would."""
+
+    def __init__(self, as_tuple: bool, replacement: Tensor | None = None) -> None:
+        super().__init__()
+        self.as_tuple, self.replacement = as_tuple, replacement
+        self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = (args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        out = hidden if self.replacement is None else self.replacement
+        return (out,) if self.as_tuple else out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # models look at attributes of their blocks (attention_type, layer_type); the block itself answers
+            original = self.__dict__.get("original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+
+@contextmanager
+def _relays(model: nn.Module, blocks: Sequence[Block], as_tuple: bool) -> Iterator[list[_Relay]]:
+    originals = [model.get_submodule(b.module) for b in blocks]
+    relays = []
+    for block, original in zip(blocks, originals, strict=True):
+        relay = _Relay(as_tuple)
+        relay.__dict__["original"] = original
+        relays.append(relay)
+        model.set_submodule(block.module, relay)
+    try:
+        yield relays
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            model.set_submodule(block.module, original)
+
+
+class BlockFeed:
+    """The inputs of one block after the other, for all calibration batches.
+
+    model:   everything outside the blocks has its weights; blocks may be on meta
+    blocks:  in order of execution, all of one `feed`
+    autocast: dtype of matrix products while calibrating, None = as the weights are
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: ModelAdapter, blocks: Sequence[Block], batches: Sequence[Batch], autocast: torch.dtype | None = None
+    ) -> None:
+        if not batches:
+            raise CalibrationError("there are no calibration batches; pass --calib with a text file, or a data-free recipe such as w4a16-rtn")
+        feeds = {b.feed for b in blocks}
+        if len(feeds) > 1:
+            raise CalibrationError(f"blocks mix the feeds {', '.join(sorted(feeds))}; an adapter uses one for all")
+        self.model, self.adapter, self.blocks, self.batches, self.autocast = model, adapter, tuple(blocks), batches, autocast
+        self.rerun = feeds == {"rerun"}
+        self._contexts = [adapter.context(b) for b in batches]
+        self._hidden: list[Tensor] = []
+        self._arguments: list[list[BlockInput]] = []  # [block][batch], hidden states left out of all but the first
+        self._as_tuple = False
+
+    @torch.no_grad()
+    def start(self, run_block: Callable[[Block, BlockInput], Any] | None = None) -> None:
+        """Record what every block is called with.
+
+        run_block: runs one block with its weights on one input; only asked for the first block, to see in what form it returns
+        """
+        if self.rerun:
+            return
+        first, context = self.blocks[:1], self._contexts[0]
+        with _relays(self.model, self.blocks, False) as relays:
+            with running(context), ExitStack() as stack:
+                hook = relays[0].register_forward_hook(_stop)
+                stack.callback(hook.remove)
+                with suppress(_StopForward):
+                    self.adapter.outputs(self.model, self.batches[0])
+            seen = relays[0].seen
+        if seen is None:
+            raise CalibrationError(f"block {first[0].module} was not run by a forward pass; the adapter's blocks are not the model's")
+        if run_block is not None:
+            out = run_block(first[0], BlockInput(*seen, context))
+            self._as_tuple = isinstance(out, tuple)
+        self._arguments = [[] for _ in self.blocks]
+        with _relays(self.model, self.blocks, self._as_tuple) as relays:
+            for batch, context in zip(self.batches, self._contexts, strict=True):
+                with running(context), ExitStack() as stack:
+                    stack.callback(relays[-1].register_forward_hook(_stop).remove)
+                    with suppress(_StopForward):
+                        self.adapter.outputs(self.model, batch)
+                for i, relay in enumerate(relays):
+                    if relay.seen is None:
+                        raise CalibrationError(
+                            f"block {self.blocks[i].module} was not run by a forward pass; the adapter's blocks are not the model's"
+                        )
+                    recorded = BlockInput(*relay.seen, context)
+                    if i == 0:
+                        self._hidden.append(recorded.hidden)
+                    self._arguments[i].append(recorded.with_hidden(torch.empty(0)))
+                    relay.seen = None
+
+    def inputs(self, index: int) -> list[BlockInput]:
+        """What block `index` is called with now, one for each batch."""
+        return [a.with_hidden(h) for a, h in zip(self._arguments[index], self._hidden, strict=True)]
+
+    def advance(self, hidden: list[Tensor]) -> None:
+        """The block at hand put out `hidden`; the next one reads it."""
+        self._hidden = hidden
+
+    @torch.no_grad()
+    def run(self, index: int, batch: int, module: nn.Module) -> Any:
+        """Run block `index` on one batch; returns its output, or None where the whole model was rerun."""
+        cast = torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else torch.autocast("cpu", enabled=False)
+        with running(self._contexts[batch]), cast:
+            if self.rerun:
+                with ExitStack() as stack:
+                    stack.callback(module.register_forward_hook(_stop).remove)
+                    with suppress(_StopForward):
+                        self.adapter.outputs(self.model, self.batches[batch])
+                return None
+            call = self._arguments[index][batch].with_hidden(self._hidden[batch])
+            return module(*call.args, **call.kwargs)
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _StopForward
+
+
+class _Watch(Tap):
+    """A tap that lets observers see and passes its tensor on."""
+
+    def __init__(self, see: Callable[[Tensor, Tensor | None, Tensor | None], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def forward(self, x: Tensor, rows: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        self._see(x, rows, weight)
+        return x
+
+
+class _Replay(nn.Module):
+    """Stands in for a module whose weights are final: gives back what it put out before."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+class BlockRunner:
+    """One block under calibration: passes over all batches, each stopped as early as can be.
+
+    module: the block, with its (rewritten) float weights; leaves that are solved hold the values of their codes
+    sites:  of the weights to be solved in it, None = the block's own (a split makes two of one)
+    keep:   bytes of outputs that may be kept, so that solved parts need not be run again
+    """
+
+    def __init__(self, feed: BlockFeed, index: int, module: nn.Module, sites: Sequence[Site] | None = None, keep: int = 2 << 30) -> None:
+        self.feed, self.index, self.module, self.keep = feed, index, module, keep
+        self.block = feed.blocks[index]
+        self.sites = tuple(self.block.sites if sites is None else sites)
+        self._solved: set[str] = set()
+        self._final: list[str] = []  # paths of modules that need not be run again
+        self._kept: dict[tuple[str, int], tuple[Any, list[int]]] = {}  # output and the versions of its tensors
+        self._kept_bytes = 0
+        self._revisits = False  # a site is seen more than once in a pass: passes run to their end
+
+    # observing -------------------------------------------------------------------------------------------------------------------------
+
+    def observe(self, wanted: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
+        """What fresh copies of the observers saw at each site, over all batches.  CalibrationError for a site that no batch reached."""
+        watchers = {site: [o.fresh() for o in observers] for site, observers in wanted.items() if observers}
+        if not watchers:
+            return {site: {} for site in wanted}
+        leader = self._pass(watchers, batch=0, leader={site: site for site in watchers}, probe=True)
+        for batch in range(1, len(self.feed.batches)):
+            self._pass(watchers, batch, leader, probe=False)
+        results: dict[Site, Seen] = {}
+        for site in wanted:
+            if site not in watchers:
+                results[site] = {}
+                continue
+            try:
+                results[site] = {o.name: o.result() for o in watchers[leader[site]]}
+            except CalibrationError as e:
+                raise CalibrationError(f"{site}: {e}") from e
+        return results
+
+    def _pass(self, watchers: Mapping[Site, Sequence[Observer]], batch: int, leader: dict[Site, Site], probe: bool) -> dict[Site, Site]:
+        """One forward pass of one batch.
+
+        A probe runs to the end, and finds sites that see the very same tensor: from then on one of them observes for all.
+        """
+        leaders = {site for site in watchers if leader[site] == site}
+        waiting = set(leaders)
+        first_seen: dict[tuple[Any, ...], Site] = {}
+        found = dict(leader)
+        visited: set[Site] = set()
+        alive: list[Tensor] = []
+
+        def see(site: Site, x: Tensor, weight: Tensor | None, rows_of: Callable[[Tensor], Tensor], rows: Tensor | None) -> None:
+            if probe and site in visited:
+                self._revisits = True
+            elif probe:
+                key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version, rows_of, repr(watchers[site]))
+                found[site] = first_seen.setdefault(key, site)
+                alive.append(x)  # else a later tensor of the same shape might lie at the same address
+            visited.add(site)
+            if found[site] == site:
+                _update(watchers[site], x.detach(), rows_of, rows, weight)
+            waiting.discard(site)
+            if not waiting and not probe and not self._revisits:
+                raise _StopForward
+
+        with ExitStack() as stack:
+            self._stand_in(batch, stack)
+            for site in leaders:
+                stack.callback(self._watch(site, see))
+            with suppress(_StopForward):
+                self.feed.run(self.index, batch, self.module)
+        return found
+
+    def _watch(self, site: Site, see: Callable[..., None]) -> Callable[[], None]:
+        """Hook or tap one site; returns how to take it away."""
+        owner = self.feed.model.get_submodule(site.module)
+        if isinstance(owner, Online) and site.tensor == "input":
+            owner = owner.leaf  # a leaf's input is what it is multiplied with: behind what was put before it
+        if site.tensor in ("input", "output"):
+            rows_of = layout(owner).rows if site.tensor == "input" and hasattr(owner, "weight") else _flat
+
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                see(site, args[0] if args else next(iter(kwargs.values())), None, rows_of, None)
+
+            def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                see(site, output[0] if isinstance(output, tuple) else output, None, rows_of, None)
+
+            if site.tensor == "input":
+                return owner.register_forward_pre_hook(before, with_kwargs=True).remove
+            return owner.register_forward_hook(after).remove
+        watch = _Watch(lambda x, rows, weight: see(site, x, weight, _flat, rows))
+        attach(owner, site.tensor, watch, site.part)
+        return lambda: detach(owner, site.tensor, watch, site.part)
+
+    # going on ---------------------------------------------------------------------------------------------------------------------------
+
+    def solved(self, sites: Sequence[Site]) -> None:
+        """The weights of these sites are final: the largest modules that hold no open site are run only once from now on."""
+        self._solved |= {s.module for s in sites}
+        still_open = {s.module for s in self.sites} - self._solved
+        prefix = self.block.module
+        candidates = [
+            path
+            for path, _ in self.module.named_modules(prefix=prefix)
+            if path != prefix and any(within(m, path) for m in self._solved) and not any(within(m, path) or within(path, m) for m in still_open)
+        ]
+        self._final = [p for p in candidates if not any(p != q and within(p, q) for q in candidates)]
+        for key in [key for key in self._kept if key[0] not in self._final]:
+            self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
+
+    def _stand_in(self, batch: int, stack: ExitStack) -> None:
+        """Replace final modules by their kept outputs for one pass, and keep the outputs of those that have none yet."""
+        if self.feed.rerun:
+            return
+        for path in self._final:
+            kept = self._kept.get((path, batch))
+            original = self.feed.model.get_submodule(path)
+            if kept is not None and kept[1] == _versions(kept[0]):
+                self.feed.model.set_submodule(path, _Replay(kept[0]))
+                stack.callback(self.feed.model.set_submodule, path, original)
+            else:
+
+                def keep(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                    size = _nbytes(output)
+                    if self._kept_bytes + size <= self.keep:
+                        # a model that later writes into this output raises its version, and it is not used again
+                        self._kept[(path, batch)] = (output, _versions(output))
+                        self._kept_bytes += size
+
+                stack.callback(original.register_forward_hook(keep).remove)
+
+    def outputs(self) -> list[Tensor]:
+        """The block's outputs for every batch, with the weights as they are now; [] where the model is rerun anyway."""
+        if self.feed.rerun:
+            return []
+        hidden = []
+        for batch in range(len(self.feed.batches)):
+            with ExitStack() as stack:
+                self._stand_in(batch, stack)
+                out = self.feed.run(self.index, batch, self.module)
+            hidden.append(out[0] if isinstance(out, tuple) else out)
+            for key in [k for k in self._kept if k[1] == batch]:
+                self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
+        return hidden
+
+
+def _nbytes(output: Any) -> int:
+    if isinstance(output, Tensor):
+        return output.numel() * output.element_size()
+    if isinstance(output, tuple | list):
+        return sum(_nbytes(o) for o in output)
+    return 0
+
+
+def _versions(output: Any) -> list[int]:
+    if isinstance(output, Tensor):
+        return [output._version]
+    return [v for o in output for v in _versions(o)] if isinstance(output, tuple | list) else []
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _update(observers: Sequence[Observer], x: Tensor, rows_of: Callable[[Tensor], Tensor], rows: Tensor | None, weight: Tensor | None) -> None:
+    """Show the valid rows of `x` to the observers.  rows: which token rows `x` holds; None = all of them, in order"""
+    matrix = rows_of(x)
+    valid = run_context().valid
+    if valid is not None and matrix.ndim == 2:
+        flat = valid.reshape(-1)
+        mask = flat[rows.reshape(-1)] if rows is not None else flat
+        if mask.shape[0] == matrix.shape[0] and not bool(mask.all()):
+            matrix = matrix[mask]
+            weight = None if weight is None else weight.reshape(-1)[mask]
+    if matrix.shape[-2] == 0:
+        return
+    for observer in observers:
+        observer.update(matrix, None if weight is None else weight.reshape(-1))

@@ -1,0 +1,69 @@
+"""Models to run: float ones by their address, quantized ones by their folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcore.evaluation import Candidate
+    from qcore.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that runs.
+
+    candidate:   for comparisons
+    tokenizer, model: for windows of text;  evaluation: text that its source brings, or None
+    """
+
+    candidate: "Candidate"
+    tokenizer: Any
+    model: Any
+    evaluation: Path | None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `qcore quantize` wrote this folder."""
+    from qcore.checkpoint import MANIFEST
+
+    return (folder / MANIFEST).is_file()
+
+
+def open_any(uri: str, own: "Registry", adapter: str | None = None) -> Opened:
+    """The model behind an address or in a folder, ready to run."""
+    return _open_checkpoint(Path(uri), own, adapter) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
+
+
+def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
+    from qcore.cli._options import open_model
+    from qcore.evaluation import Candidate
+    from qcore.pipeline import float_forward
+
+    loaded, chosen = open_model(uri, own, adapter)
+    size = sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
+    candidate = Candidate(loaded.name, float_forward(loaded, chosen), bytes=size, notes=loaded.notes)
+    return Opened(candidate, loaded.tokenizer, loaded.model, loaded.evaluation)
+
+
+def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None) -> Opened:
+    from qcore.checkpoint import MANIFEST, Manifest, load
+    from qcore.errors import CheckpointError
+    from qcore.evaluation import Candidate, read_report
+
+    manifest = Manifest.read(folder)
+    model = load(folder, registry=own)
+    name = adapter or manifest.adapter
+    if not name:
+        raise CheckpointError(f"{folder / MANIFEST} names no adapter; pass one with --adapter: {', '.join(sorted(own.adapters))}")
+    chosen = own.adapters[name]()
+    report = read_report(folder) if (folder / "report.json").exists() else {}
+    candidate = Candidate(
+        name=str(folder),
+        forward=lambda batch: chosen.outputs(model, batch),
+        bytes=sum(manifest.files.values()),
+        bits=report.get("size", {}).get("effective_bits"),
+        notes=tuple(report.get("model", {}).get("notes", ())),
+    )
+    tokenizer = own.sources[manifest.source]().tokenizer(folder) if manifest.source in own.sources else None
+    return Opened(candidate, tokenizer, model, None)

@@ -1,0 +1,43 @@
+"""Options that several commands share, and how they become objects."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qcore.model import LoadedModel, ModelAdapter
+    from qcore.plugins import Registry
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:tiny-llama, a transformers folder, a GGUF file, …", show_default=False)]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name (`qcore recipes list`) or a TOML file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: solver.damp=0.05, rules.0.granularity.size=32.")
+]
+CalibOption = Annotated[Path | None, typer.Option("--calib", metavar="FILE", help="Calibration text; without --eval its last 20 % is held out.")]
+EvalOption = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="Evaluation text.")]
+TokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Tokens to evaluate on.")]
+WindowOption = Annotated[
+    int | None, typer.Option("--window", min=2, help="Tokens of one evaluation window [default: 256 for tiny models, else 512].", show_default=False)
+]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The adapter to use, where several match.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def registry() -> "Registry":
+    from qcore.plugins import load_registry
+
+    return load_registry()
+
+
+def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedModel, ModelAdapter]":
+    """The model behind an address, and the adapter that understands it."""
+    from qcore.model import adapter_for, load_source
+
+    loaded = load_source(uri, own.sources)
+    return loaded, adapter_for(loaded.model, own.adapters, adapter)
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens the model can see, where its config says so."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)

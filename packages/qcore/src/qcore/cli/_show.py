@@ -1,0 +1,106 @@
+"""What commands print: tables on stdout, progress and remarks on stderr."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcore.evaluation import Report
+    from qcore.plan import Plan
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def remark(text: str) -> None:
+    """A line for people, on stderr, so that stdout holds results alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = (), stderr: bool = False
+) -> None:
+    """Print a table.  right: columns that are aligned to the right"""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i, header in enumerate(headers):
+        made.add_column(escape(header), justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        # a file or a pipe has no width; 80 columns would fold the very names one greps for
+        console = Console(stderr=stderr, width=160)
+    console.print(made)
+
+
+def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> None:
+    from qcore.evaluation.report import megabytes
+
+    if verbose:
+        headers = ("site", "shape", "stored as", "input", "solver", "packing", "kernel", "size")
+        rows = [
+            (d.site, _shape(d.shape), d.spec, d.activation or "float", d.solver, d.packing, d.kernel, _change(d.bytes_before, d.bytes_after))
+            for d in plan.decisions
+        ]
+    else:
+        headers = ("sites", "shape", "stored as", "input", "solver", "packing", "kernel", "size")
+        rows = [
+            (
+                f"{k['count']} × {k['kind']}",
+                _shape(k["shape"]),
+                k["spec"],
+                k["activation"] or "float",
+                k["solver"],
+                k["packing"],
+                k["kernel"],
+                _change(k["bytes_before"], k["bytes_after"]),
+            )
+            for k in plan.kinds()
+        ]
+    table(headers, rows, title=f"{plan.model}, recipe {plan.recipe}", stderr=stderr)
+    out = sys.stderr if stderr else sys.stdout
+    if plan.left_float:
+        kinds = plan.left_float.items() if verbose else [(f"{n} × {kind}", why) for (kind, why), n in plan.left_float_kinds().items()]
+        print("left float: " + "; ".join(f"{what} ({why})" for what, why in kinds), file=out)
+    for use in plan.transforms:
+        links = f"{len(use.links)} links" if use.links else "links are chosen when it is fitted"
+        names = f": {', '.join(use.links if verbose else use.links[:4])}{'' if verbose or len(use.links) <= 4 else ' …'}" if use.links else ""
+        print(f"transform: {use.transform}, {links}{names}", file=out)
+    bits = f", {plan.effective_bits:.2f} bits per quantized weight" if plan.effective_bits else ""
+    print(f"size: {megabytes(plan.bytes_before)} → {megabytes(plan.bytes_after)}{bits}", file=out)
+    computing = f"about {max(plan.seconds, 1):.0f} s of computing at 50 GFLOP/s"
+    print(f"estimate: {computing}, about {megabytes(plan.memory)} of memory beside the libraries", file=out)
+    for note in plan.notes:
+        print(f"note: {note}", file=out)
+
+
+def show_report(report: "Report") -> None:
+    table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"])
+    if report.data.get("note"):
+        print(report.data["note"])
+    for note in report.model.get("notes", ()):
+        print(f"note: {note}")
+
+
+def scores_row(scores: Mapping[str, float]) -> tuple[str, ...]:
+    """perplexity, KL, top-1 as a table shows them."""
+    ppl = f"{scores['perplexity']:.3f}" if "perplexity" in scores else "–"
+    error = scores.get("kl_standard_error")
+    kl = f"{scores['kl']:.5f}" + (f" ± {error:.5f}" if error is not None and error == error else "")
+    return ppl, kl, f"{scores['top1'] * 100:.2f} %"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _change(before: int, after: int) -> str:
+    from qcore.evaluation.report import megabytes
+
+    return f"{megabytes(before)} → {megabytes(after)}"

@@ -1,0 +1,42 @@
+"""`qcore plan`: what a run would do, and what stands against it, before any computing."""
+
+from typing import Annotated
+
+import typer
+
+from qcore.cli._options import AdapterOption, CalibOption, EvalOption, JsonOption, ModelArg, RecipeOption, SetOption, open_model, registry
+
+
+def plan(
+    model: ModelArg,
+    recipe: RecipeOption,
+    calib: CalibOption = None,
+    evaluation: EvalOption = None,
+    setting: SetOption = None,
+    adapter: AdapterOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per site instead of one per kind.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every decision and every problem of a run, without computing anything.
+
+    Ends with exit code 2 when there are problems.
+
+    Example: qcore plan zoo:tiny-llama --recipe w4a16-gptq
+    """
+    from qcore.cli._show import print_json, show_plan
+    from qcore.evaluation.data import choose_text
+    from qcore.plan import make_plan
+    from qcore.recipe_file import load_recipe
+
+    own = registry()
+    wanted = load_recipe(recipe, own, setting or ())
+    loaded, chosen = open_model(model, own, adapter)
+    text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+    made = make_plan(loaded, wanted, chosen, own, has_data=text.calibration is not None)
+    if as_json:
+        print_json(made.to_dict())
+        if made.problems:
+            raise typer.Exit(2)
+        return
+    show_plan(made, verbose=verbose)
+    made.require()

@@ -1,0 +1,391 @@
+"""`qcore quantize`: the main job.
+
+    load → plan → float reference → quantize → save → prove → evaluate what was saved → table and report.json
+
+Everything is written into a folder beside the target and renamed at the end, so the target is either whole or not there.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcore.cli._options import (
+    AdapterOption,
+    CalibOption,
+    EvalOption,
+    JsonOption,
+    ModelArg,
+    RecipeOption,
+    SetOption,
+    TokensOption,
+    WindowOption,
+    context_length,
+    open_model,
+    registry,
+)
+
+if TYPE_CHECKING:
+    from qcore.evaluation import Report, TextPair
+    from qcore.model import LoadedModel, ModelAdapter
+    from qcore.plugins import Registry
+    from qcore.recipe import Recipe
+
+
+def quantize(
+    model: ModelArg,
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write the checkpoint into.", show_default=False)],
+    calib: CalibOption = None,
+    evaluation: EvalOption = None,
+    setting: SetOption = None,
+    eval_tokens: TokensOption = 4096,
+    window: WindowOption = None,
+    adapter: AdapterOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model, prove that the checkpoint loads, and measure what it cost.
+
+    Example: qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/
+    """
+    from qcore.cli._progress import progress
+    from qcore.cli._show import print_json, show_plan, show_report
+    from qcore.evaluation import MemoryMeter, choose_text
+    from qcore.recipe_file import load_recipe
+
+    check_target(out, force)
+    meter = MemoryMeter()
+    own = registry()
+    wanted = load_recipe(recipe, own, setting or ())
+    started = time.perf_counter()
+    loaded, chosen = open_model(model, own, adapter)
+    seconds = {"load": time.perf_counter() - started}
+    text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+    with progress(meter.sample) as report_progress:
+        job = Job(
+            loaded, wanted, chosen, own, text, eval_tokens=eval_tokens, window=window, overrides=tuple(setting or ()), seconds=seconds, meter=meter
+        )
+        report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        show_report(report)
+        print(f"written: {out}/ and {out / 'report.json'}")
+
+
+@dataclass
+class Steps:
+    """The parts of the pipeline that this command strings together; tests put others in their place."""
+
+    float_forward: Callable[..., Any]
+    quantize_model: Callable[..., Any]
+    save: Callable[..., Any]
+    prove: Callable[..., Any]
+    load: Callable[..., Any]
+
+    @classmethod
+    def real(cls) -> "Steps":
+        from qcore import checkpoint, pipeline
+
+        return cls(pipeline.float_forward, pipeline.quantize_model, checkpoint.save, checkpoint.prove, checkpoint.load)
+
+
+@dataclass
+class Job:
+    """What is to be done, all inputs checked and in hand."""
+
+    loaded: "LoadedModel"
+    recipe: "Recipe"
+    adapter: "ModelAdapter"
+    registry: "Registry"
+    text: "TextPair"
+    eval_tokens: int = 4096
+    window: int | None = None
+    overrides: Sequence[str] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    meter: Any = None
+    steps: Steps | None = None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        if self.meter is not None:
+            self.meter.sample()
+
+
+def run_quantize(
+    job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
+) -> "Report":
+    """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
+    from qcore.evaluation import LanguageModeling, default_window, evaluation_windows
+    from qcore.plan import make_plan
+
+    steps = job.steps or Steps.real()
+    loaded, tokenizer = job.loaded, job.loaded.tokenizer
+    plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=job.text.calibration is not None)
+    plan.require()
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    with job.timed("data"):
+        batches = job.text.calibration.batches(tokenizer, job.recipe.calibration) if plan.needs_data and job.text.calibration else []
+        task = None
+        if job.text.evaluation is not None:
+            length = job.window or default_window(parameters, context_length(loaded.model))
+            task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
+    show(plan)
+    with target(out) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.reference-", dir=folder.parent) as kept:
+            reference = None
+            if task is not None:
+                with job.timed("reference"):
+                    forward = steps.float_forward(loaded, job.adapter)
+                    reference = task.reference(forward, Path(kept), progress)
+                    del forward
+                    free(loaded.model)
+            with job.timed("quantize"):
+                result = steps.quantize_model(loaded, job.recipe, batches, registry=job.registry, adapter=job.adapter, progress=progress)
+            with job.timed("save"):
+                steps.save(
+                    result.model,
+                    folder,
+                    source=loaded.source,
+                    adapter=job.adapter.name,
+                    companions=loaded.write_companions,
+                    dtype=loaded.dtype,
+                    record=record_of(job, batches),
+                    registry=job.registry,
+                )
+            rows, phases, notes = list(result.sites), dict(result.seconds), list(result.notes)
+            proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
+            if samples := proof_batches(task, batches, tokenizer):
+                with job.timed("prove"):
+                    proof = proved(steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
+            del result
+            with job.timed("reload"):
+                reloaded = steps.load(folder, registry=job.registry)
+            quality = None
+            if task is not None:
+                with job.timed("evaluate"):
+                    scores = task.evaluate(lambda batch: job.adapter.outputs(reloaded, batch), reference, progress)
+                quality = {"task": task.name, "reference_precision": reference.precision, "scores": scores}
+        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, reloaded, folder)
+        report.write(folder / "report.json")
+    return report
+
+
+def free(model: Any) -> None:
+    """Give back the memory of a float model in place; tied parameters stay tied."""
+    from qcore.model.reader import release, retie, tied_groups
+
+    ties = tied_groups(model)
+    release(model)
+    retie(model, ties)
+
+
+def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says about how it was made."""
+    from qcore.calibration.text import data_hash
+    from qcore.recipe_file import dump
+
+    return {
+        "recipe": job.recipe.name,
+        "toml": dump(job.recipe),
+        "seed": job.recipe.calibration.seed,
+        "calibration_sha256": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
+    }
+
+
+def proof_batches(task: Any, batches: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """One batch to run the saved and the reopened model on; for a language model without any text, some first ids of its vocabulary."""
+    import torch
+
+    if task is not None:
+        return [{"input_ids": task.windows[:1]}]
+    if batches:
+        return [batches[0]]
+    return [{"input_ids": torch.arange(1, 17).unsqueeze(0)}] if tokenizer is not None else []
+
+
+def proved(proof: Any) -> dict[str, Any]:
+    """The proof as data; CheckpointError when the reopened model is another one than the one that was saved."""
+    from dataclasses import asdict
+
+    from qcore.errors import CheckpointError
+
+    if proof.level == "different":
+        raise CheckpointError(
+            f"the checkpoint loads with {proof.loader}, but its outputs differ from the saved model's by {proof.max_difference:.3g} "
+            f"(largest output {proof.max_output:.3g}, tolerance {proof.tolerance:g}); nothing was written. "
+            "This is a defect: report it with `qcore plan --json` of this run"
+        )
+    return asdict(proof)
+
+
+def make_report(
+    job: Job,
+    plan: Any,
+    records: Sequence[Any],
+    phases: Mapping[str, float],
+    notes: Sequence[str],
+    batches: Sequence[Any],
+    task: Any,
+    quality: Mapping[str, Any] | None,
+    proof: Any,
+    reloaded: Any,
+    folder: Path,
+) -> "Report":
+    """Everything that was learnt, in one record."""
+    import platform
+
+    import torch
+
+    import qcore
+    from qcore.calibration.text import data_hash
+    from qcore.evaluation.report import Report, SiteRow
+    from qcore.recipe_file import dump
+
+    kernels = kernels_of(reloaded)
+    sites = []
+    for r in records:
+        kernel, refused = kernels.get(r.site.rpartition(":")[0], ("–", ()))
+        values = 1
+        for n in r.shape:
+            values *= n
+        sites.append(SiteRow(r.site, r.spec, r.solver, r.packing, kernel, refused, r.error, r.of, r.bits, r.nbytes, values, r.seconds))
+    quantized = sum(row.values for row in sites)
+    packed = sum(row.bytes for row in sites)
+    parameters = sum(p.numel() for p in job.loaded.model.parameters()) if not records else plan.bytes_before // job.loaded.dtype.itemsize
+    return Report(
+        model={
+            "name": job.loaded.name,
+            "source": job.loaded.source,
+            "dtype": str(job.loaded.dtype).removeprefix("torch."),
+            "parameters": parameters,
+            "notes": [*job.loaded.notes, *notes],
+        },
+        recipe={"name": job.recipe.name, "overrides": list(job.overrides), "toml": dump(job.recipe)},
+        data={
+            "note": job.text.note(calibrated=bool(batches)),
+            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash),
+            "evaluation": _data(job.text.evaluation, [task.windows] if task is not None else [], data_hash),
+        },
+        size={
+            "before_bytes": plan.bytes_before,
+            "after_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+            "float_bits": 8 * job.loaded.dtype.itemsize,
+            "effective_bits": round(8 * packed / quantized, 4) if quantized else None,
+            "quantized_values": quantized,
+        },
+        quality=quality,
+        sites=sites,
+        left_float=plan.left_float,
+        coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0},
+        seconds={k: round(v, 3) for k, v in job.seconds.items()},
+        phases={k: round(v, 3) for k, v in phases.items()},
+        memory=job.meter.to_dict() if job.meter is not None else {},
+        proof=proof,
+        versions={
+            "qcore": qcore.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": str(torch.get_num_threads()),
+        },
+    )
+
+
+def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str]) -> dict[str, Any] | None:
+    if text is None or not windows:
+        return None
+    return {
+        "file": text.path.name,
+        "part": [text.start, text.stop],
+        "windows": sum(len(w) for w in windows),
+        "window": windows[0].shape[1],
+        "tokens": sum(w.numel() for w in windows),
+        "sha256": digest(*windows),
+    }
+
+
+def kernels_of(model: Any) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]:
+    """Path of each module that runs from packed parts → its kernel, and why each better-ranked one was refused."""
+    found = {}
+    for path, module in model.named_modules():
+        explain = getattr(module, "explain", None)
+        if callable(explain):
+            choice = explain()
+            found[path] = (choice.kernel.name, tuple(choice.refused))
+    return found
+
+
+# the target folder ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_target(out: Path, force: bool) -> None:
+    """SpecError when `out` cannot be written without harm."""
+    from qcore.errors import SpecError
+
+    if out.is_file():
+        raise SpecError(f"-o {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise SpecError(f"-o {out} is not empty; name another folder, or pass --force to replace it")
+
+
+@contextmanager
+def target(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and is deleted when it does not."""
+    from qcore.cli import Interrupted
+
+    out = Path(os.path.abspath(out))
+    created = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        with _terminable():
+            yield folder
+            _swap(folder, out)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; nothing was written in {out}/") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not out.exists():
+            for parent in created:
+                parent.rmdir()
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Put `folder` where `out` is; what was there is deleted last."""
+    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill (SIGTERM) cleans up as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,24 @@
+"""What quantization cost: tasks, metrics, comparisons, and the report beside a checkpoint."""
+
+from qcore.evaluation.compare import Candidate, compare
+from qcore.evaluation.data import TextPair, choose_text, default_window, evaluation_windows
+from qcore.evaluation.memory import MemoryMeter
+from qcore.evaluation.report import Report, read_report
+from qcore.evaluation.store import Reference
+from qcore.evaluation.task import Agreement, LanguageModeling, Task
+
+__all__ = [
+    "Agreement",
+    "Candidate",
+    "LanguageModeling",
+    "MemoryMeter",
+    "Reference",
+    "Report",
+    "Task",
+    "TextPair",
+    "choose_text",
+    "compare",
+    "default_window",
+    "evaluation_windows",
+    "read_report",
+]

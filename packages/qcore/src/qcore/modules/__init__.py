@@ -1,0 +1,22 @@
+"""What replaces a float leaf: modules that run from packed parts, and that a checkpoint can rebuild."""
+
+from qcore.modules.conv import QuantizedConv
+from qcore.modules.embedding import QuantizedEmbedding
+from qcore.modules.linear import QuantizedLinear
+from qcore.modules.replace import Stored, leaf_by_type, quantized_leaf, register_leaf
+from qcore.modules.runtime import RuntimeModule, module_name, rebuild
+from qcore.modules.stored import StoredWeight
+
+__all__ = [
+    "QuantizedConv",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "RuntimeModule",
+    "Stored",
+    "StoredWeight",
+    "leaf_by_type",
+    "module_name",
+    "quantized_leaf",
+    "rebuild",
+    "register_leaf",
+]

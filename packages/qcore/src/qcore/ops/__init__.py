@@ -1,0 +1,17 @@
+"""Binding to qkernels: what a kernel is, how one is chosen, and those that qcore brings."""
+
+from qcore.ops.activation import quantize_input, static_parts
+from qcore.ops.kernel import Choice, Job, Kernel, choose
+from qcore.ops.linear import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
+
+__all__ = [
+    "Choice",
+    "Job",
+    "Kernel",
+    "ReferenceLinear",
+    "TorchInt4Linear",
+    "TorchInt8DynamicLinear",
+    "choose",
+    "quantize_input",
+    "static_parts",
+]

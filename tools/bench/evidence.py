@@ -1,0 +1,198 @@
+"""The matrix of evidence: what each recipe does to each model, one JSON file a cell under docs/evidence/cells/.
+
+    python tools/bench/evidence.py                compute the cells that are missing, then the table and the picture
+    python tools/bench/evidence.py --list         say which are missing, and compute nothing
+    python tools/bench/evidence.py --only tiny    only cells whose name contains the word
+
+A cell is keyed by the code that makes numbers (a hash of those rooms), the recipe with its overrides, the model, the data and the seed; one made by other code
+is missing.  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the load average beside them says
+whether the machine was quiet.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = ROOT / "docs" / "evidence" / "cells"
+CACHE = ROOT / ".qcore-cache" / "evidence"
+# rooms whose code decides the numbers
+ROOMS = [
+    "packages/qcore/src/qcore/" + r for r in ("numbers", "model", "calibration", "transforms", "solvers", "packing", "modules", "ops", "pipeline.py")
+]
+ROOMS += ["packages/qcore/src/qcore/evaluation/metrics.py", "packages/qplug-llm/src"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.  recipe and overrides as `qcore quantize` takes them; windows × window tokens of evaluation"""
+
+    model: str
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    seed: int = 0
+    samples: int = 64
+    length: int = 512
+    windows: int = 24
+    window: int = 512
+    text: str = "news"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.label}-seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        return CELLS / f"{self.name}.json"
+
+
+def matrix() -> list[Cell]:
+    """What is measured.  smollm2-135m on news text, as the peers were; tiny-llama on its own text, GPTQ over five seeds."""
+    cells = []
+    methods = {
+        "rtn": ("w{b}a16", "w4a16-rtn", ('solver.clip="none"',)),
+        "rtn-clip": ("w{b}a16", "w4a16-rtn", ('solver.clip="mse"',)),
+        "awq": ("w{b}a16", "w4a16-awq", ()),
+        "gptq": ("w{b}a16", "w4a16-gptq", ()),
+    }
+    for bits in (4, 3, 2):
+        for method, (_, recipe, extra) in methods.items():
+            overrides = (f"rules.0.format.bits={bits}", "rules.0.granularity.size=64", *extra)
+            label = f"w{bits}-{method}"
+            cells.append(Cell("smollm2-135m", label, recipe, overrides))
+            data_free = method.startswith("rtn")
+            for seed in range(1 if data_free else 5):
+                cells.append(Cell("tiny-llama", label, recipe, overrides, seed=seed, length=256, windows=64, window=256, text="own"))
+    return cells
+
+
+def code_version() -> str:
+    """A hash of the source that decides the numbers."""
+    h = hashlib.sha256()
+    for room in ROOMS:
+        path = ROOT / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            h.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return h.hexdigest()[:12]
+
+
+def missing(cells: list[Cell], code: str) -> list[Cell]:
+    def there(cell: Cell) -> bool:
+        if not cell.file.exists():
+            return False
+        kept = json.loads(cell.file.read_text())
+        return kept["code"] == code and kept["cell"] == json.loads(json.dumps(asdict(cell)))
+
+    return [c for c in cells if not there(c)]
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Quantize, save, load again, and compare with the float model."""
+    import torch
+    from qcore.calibration.text import TextFile, cut, encode, to_batches
+    from qcore.checkpoint import load, save
+    from qcore.evaluation import LanguageModeling, MemoryMeter
+    from qcore.evaluation.store import Reference
+    from qcore.model import adapter_for, load_source
+    from qcore.pipeline import float_forward, quantize_model
+    from qcore.plugins import load_registry
+    from qcore.recipe_file import load_recipe
+
+    meter = MemoryMeter()
+    registry = load_registry()
+    loaded = load_source(f"zoo:{cell.model}", registry.sources)
+    adapter = adapter_for(loaded.model, registry.adapters)
+    if cell.text == "news":
+        sys.path.insert(0, str(ROOT / "tools" / "bench"))
+        import news
+
+        calib, evaluation = news.write(CACHE / "news")
+        windows = cut(encode(loaded.tokenizer, calib.read_text(), str(calib)), cell.length)[: cell.samples]
+    else:
+        assert loaded.calibration is not None and loaded.evaluation is not None
+        calib, evaluation = loaded.calibration, loaded.evaluation
+        settings = type("S", (), {"samples": cell.samples, "length": cell.length, "batch": 8, "seed": cell.seed})()
+        windows = TextFile(calib).windows(loaded.tokenizer, settings)
+    task = LanguageModeling(cut(encode(loaded.tokenizer, evaluation.read_text(), str(evaluation)), cell.window)[: cell.windows])
+    place = CACHE / f"reference-{cell.model}-{task.data()[:12]}"
+    if (place / "reference.json").exists():
+        reference = Reference.open(place)
+    else:
+        reference = task.reference(float_forward(loaded, adapter), place)
+    recipe = load_recipe(cell.recipe, registry, cell.overrides)
+    load_before, started = os.getloadavg()[0], time.perf_counter()
+    q = quantize_model(loaded, recipe, to_batches(windows, 8), registry=registry, adapter=adapter)
+    seconds = time.perf_counter() - started
+    memory = meter.to_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        save(q.model, out, registry=registry, loaded=loaded, adapter=adapter.name)
+        model = load(out, registry=registry)
+        scores = task.evaluate(lambda batch: adapter.outputs(model, batch), reference)
+    weights = sum(r.shape[0] * r.shape[1] for r in q.sites)
+    return {
+        "scores": scores,
+        "bits": sum(8 * r.nbytes for r in q.sites) / weights,
+        "seconds": round(seconds, 1),
+        "phases": q.seconds,
+        "memory": memory,
+        "load_average": round(load_before, 2),
+        "threads": torch.get_num_threads(),
+        "notes": list(loaded.notes),
+        "recipe": recipe.name,
+        "solver": repr(recipe.solver),
+        "mean_error": sum(r.error for r in q.sites) / len(q.sites),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="say which cells are missing")
+    parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--cell", default="", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.cell:
+        data = json.loads(a.cell)
+        cell = Cell(**{**data, "overrides": tuple(data["overrides"])})
+        print(json.dumps(measure(cell)))
+        return 0
+    code = code_version()
+    todo = [c for c in missing(matrix(), code) if a.only in c.name]
+    print(f"code {code}: {len(todo)} of {len(matrix())} cells are missing", file=sys.stderr)
+    if a.list:
+        print("\n".join(c.name for c in todo))
+        return 0
+    failed = 0
+    for cell in todo:
+        started = time.perf_counter()
+        run = subprocess.run([sys.executable, __file__, "--cell", json.dumps(asdict(cell))], capture_output=True, text=True, cwd=ROOT)
+        if run.returncode:
+            print(f"{cell.name}: failed\n{run.stderr[-2000:]}", file=sys.stderr)
+            failed += 1
+            continue
+        result = {"code": code, "cell": asdict(cell), **json.loads(run.stdout.splitlines()[-1])}
+        cell.file.parent.mkdir(parents=True, exist_ok=True)
+        part = cell.file.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        part.replace(cell.file)
+        s = result["scores"]
+        print(
+            f"{cell.name}: KL {s['kl']:.4f} top-1 {s['top1']:.3f} ppl {s['perplexity']:.2f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr
+        )
+    import evidence_table
+
+    evidence_table.write(CELLS)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

