@@ -17,11 +17,10 @@ def folded(model):
     return FoldNorm().fit(topology, {}, {}, model, DictReader(model.state_dict()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True}, {"norm_offset": 1.0, "tied": True}, {"kv_heads": 1, "rotary": 0.5}, {"hidden": 48, "heads": 6, "kv_heads": 2}],
-    ids=str,
-)
+VARIANTS = [{}, {"bias": True}, {"norm_offset": 1.0, "tied": True}, {"kv_heads": 1, "rotary": 0.5}, {"hidden": 48, "heads": 6, "kv_heads": 2}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_rotating_residual_and_values_keeps_a_decoder(options):
     model = tiny_decoder(**options)
     fold = folded(model.double())
