@@ -280,7 +280,7 @@ class _Planner:
             return None
         try:
             unpack = partial(packing.unpack, spec=spec, shape=shape)
-            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, unpack=unpack))
+            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, self.loaded.dtype, unpack))
         except NotFound as e:
             self._problem(site, str(e))
             return None
@@ -307,8 +307,8 @@ class _Planner:
             )
         for site in self.sites:
             if site not in self.specs and site.input in self.specs:
-                rule = self.recipe.rule_for(site)
-                why = f"rule {rule.sites!r} leaves its weight float" if rule is not None else "no rule names its weight"
+                own = self.recipe.rule_for(site)
+                why = f"rule {own.sites!r} leaves its weight float" if own is not None else "no rule names its weight"
                 self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
 
     def _check_tensors(self) -> None:
