@@ -58,6 +58,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
         self.online = online
         self.transposed = transposed
         self._kernels: tuple[Kernel, ...] = (ReferenceLinear(),)
+        self._job: Job | None = None
         self._prepared: dict[str, Tensor] | None = None
         self.bind(self._kernels)
 
@@ -69,14 +70,15 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     def out_features(self) -> int:
         return self.shape[0]
 
-    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Self:
+    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Choose the best of `kernels` for this weight, in place; the stored parts stay as they are.
 
         device: where it will run; None = where the parts lie
-        dtype:  of the inputs
+        dtype:  of the inputs; None = as before: float32, or what the model was last converted to
         """
         self._kernels = tuple(kernels)
         lies = next(iter(self.stored().values())).device
+        dtype = dtype or (self._job.dtype if self._job is not None else torch.float32)
         self._job = Job(
             op="linear",
             packing=self.packing.name,
@@ -141,7 +143,8 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # what became of an empty tensor shows where the module goes, and in which dtype
-        probe = fn(torch.empty(0, dtype=self._job.dtype, device=self._job.device))
+        assert self._job is not None
+        probe = fn(torch.empty(0, dtype=self._job.dtype, device=next(iter(self.stored().values())).device))
         super()._apply(fn, recurse)
         self.bind(self._kernels, None if probe.is_meta else probe.device, probe.dtype)
         return self
