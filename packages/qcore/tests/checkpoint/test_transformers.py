@@ -56,6 +56,16 @@ def test_plain_transformers_gives_the_same_logits_bit_for_bit(spec, dtype, forma
     assert torch.equal(logits(load(tmp_path / "out", registry=registry), x), logits(model, x))
 
 
+def test_a_model_quantized_in_float32_is_served_in_the_dtype_of_its_source(registry, tmp_path):
+    model = quantized(registry, int_weight(4, 16, scale="bfloat16"), dtype=torch.bfloat16).float()
+    manifest = save(model, tmp_path / "out", dtype=torch.bfloat16, companions=helpers.write_config(model), registry=registry, source="hf-config")
+    assert manifest.dtype == "bfloat16" and manifest.layout == "compressed-tensors"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    x = helpers.tokens()
+    assert logits(model, x).dtype == torch.bfloat16
+    assert prove(tmp_path / "out", model, [x], registry=registry).level == "identical"
+
+
 def test_the_4_bit_kernel_rounds_like_bfloat16_does(registry, tmp_path):
     spec = int_weight(4, 32, scale="bfloat16")
     model = quantized(registry, spec, dtype=torch.bfloat16)
