@@ -23,7 +23,7 @@ from qcore.transforms import (
 )
 
 ADAPTER = TinyDecoderAdapter()
-VARIANTS = [{}, {"bias": True, "kv_heads": 1}, {"norm_offset": 1.0, "tied": True}, {"rotary": 0.5, "hidden": 48, "heads": 6, "intermediate": 52}]
+VARIANTS = [{}, {"bias": True, "kv_heads": 1}, {"norm_offset": 1.0, "tied": True}, {"rotary": 0.5, "hidden": 48, "heads": 6, "intermediate": 92}]
 
 
 def chain(model, transforms):
