@@ -33,7 +33,7 @@ from qcore.packing import first_that_accepts
 from qcore.recipe import Recipe
 from qcore.solvers.base import WeightSolver
 from qcore.transforms.apply import build_insert
-from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
+from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader, rewritten_topology
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,10 @@ class _Run:
             return
         for i, transform in enumerate(transforms):
             self.progress(f"transform {transform.name}", i, len(transforms))
-            wants = transform.wants(self.topology, self.result.specs)
+            topology = rewritten_topology(self.topology, self.result.rewrite)
+            wants = transform.wants(topology, self.result.specs)
             seen = self._observe_model(wants) if wants else {}
-            found = transform.fit(self.topology, self.result.specs, seen, self.model, self.reader)
+            found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
             self.journal.keep_rewrite(*self.result.rewrite.state())
@@ -239,7 +240,8 @@ class _Run:
         for transform in self.recipe.transforms:
             if transform.scope != "block":
                 continue
-            inside = self.topology.within(block)
+            # links that end behind an inserted module, or in a leaf that was split, are none any more
+            inside = rewritten_topology(self.topology, self.result.rewrite).within(block)
             wants = transform.wants(inside, self.result.specs)
             seen: Mapping[Site, Seen] = {}
             if wants:

@@ -156,6 +156,11 @@ class Rewrite:
         """First this one, then `later`, which was fitted on the model that this one leaves."""
         if gone := sorted(self.dropped & set(later.edits)):
             raise SpecError(f"a later transform edits {gone[0]!r}, which an earlier one took away; put the one that splits leaves last")
+        if behind := sorted(p.param for p in _ports_of(later) if p.axis == "in" and _leaf_of(p.param) in self._fronted):
+            raise SpecError(
+                f"a later transform edits the inputs of {behind[0]!r}, before which an earlier one put a module: they are no longer the channels of "
+                "any link; put the one that inserts last, or fit on `rewritten_topology`"
+            )
         edits = dict(self.edits)
         for name, more in later.edits.items():
             edits[name] = edits.get(name, ()) + more
@@ -180,6 +185,11 @@ class Rewrite:
             exact=max(self.exact, later.exact),
             notes=self.notes + later.notes,
         )
+
+    @property
+    def _fronted(self) -> frozenset[str]:
+        """Leaves that have a module before them."""
+        return frozenset(path for path, insert in self.inserts.items() if insert.place == "before")
 
     def source(self, name: str) -> str:
         """The parameter of the original model from which `name` is made."""
@@ -269,6 +279,14 @@ class Rewrite:
             exact=data["exact"],
             notes=tuple(data["notes"]),
         )
+
+
+def _leaf_of(param: str) -> str:
+    return param.rpartition(".")[0]
+
+
+def _ports_of(rewrite: Rewrite) -> list[Port]:
+    return [edit.port for edits in rewrite.edits.values() for edit in edits]
 
 
 _KINDS: dict[str, type] = {c.__name__: c for c in (Scale, Rotate, Hadamard, Permute, Shift, Put)}
@@ -483,7 +501,10 @@ def _without_names(edit: Edit, model: nn.Module, name: str) -> tuple[Any, ...]:
 
 
 def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
-    """The places after the rewrite: a site that was split is followed by the sites of its parts, and no link touches it any more."""
+    """The places after the rewrite, for the transforms that follow.
+
+    A site that was split is followed by the sites of its parts, and no link touches it any more.  A leaf with a module before it reads no link.
+    """
     parts = {}
     for old in rewrite.dropped:
         module, _, own = old.rpartition(".")
@@ -497,8 +518,13 @@ def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
     blocks = tuple(
         replace(block, stages=tuple(tuple(part for site in stage for part in places(site)) for stage in block.stages)) for block in topology.blocks
     )
-    kept = tuple(link for link in topology.links if not any(p.param in rewrite.dropped for p in link.ports))
-    blocked = {p: f"link {link.name} is split" for link in topology.links if link not in kept for p in link.ports if p.param not in rewrite.dropped}
+    gone = {
+        link: f"link {link.name} reads a leaf that was split, or that has a module before it"
+        for link in topology.links
+        if any(p.param in rewrite.dropped for p in link.ports) or any(p.axis == "in" and _leaf_of(p.param) in rewrite._fronted for p in link.reads)
+    }
+    kept = tuple(link for link in topology.links if link not in gone)
+    blocked = {p: why for link, why in gone.items() for p in link.ports if p.param not in rewrite.dropped}
     ties = {name: first for name, first in topology.ties.items() if name not in rewrite.unties}
     return replace(topology, blocks=blocks, links=kept, blocked={**topology.blocked, **blocked}, ties=ties)
 
