@@ -240,6 +240,8 @@ class _Run:
         for transform in self.recipe.transforms:
             if transform.scope != "block":
                 continue
+            # what is observed goes through the modules that earlier transforms inserted
+            self._install(block.module)
             # links that end behind an inserted module, or in a leaf that was split, are none any more
             inside = rewritten_topology(self.topology, self.result.rewrite).within(block)
             wants = transform.wants(inside, self.result.specs)
@@ -422,6 +424,7 @@ class _Run:
         feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self.autocast)
 
         def run_block(block: Block, call: BlockInput) -> Any:
+            self._install(block.module)
             module = self.model.get_submodule(block.module)
             if any(p.is_meta for p in module.parameters()):
                 materialize(module, block.module, self.reader, self.compute)
@@ -438,6 +441,7 @@ class _Run:
         seen: dict[Site, Seen] = {}
         for index, block in enumerate(self.topology.blocks):
             self.progress("observe", index, len(self.topology.blocks))
+            self._install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
             runner = BlockRunner(feed, index, module)

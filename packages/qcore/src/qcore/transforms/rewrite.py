@@ -16,6 +16,7 @@ from qcore.errors import NotFound, SpecError
 from qcore.model.layers import layout
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Invariance, Link, Port, Site, Topology
+from qcore.modules.online import Online
 from qcore.numbers import hadamard as hadamards
 
 
@@ -468,6 +469,7 @@ def owner_of(model: nn.Module, name: str, source: str = "") -> nn.Module:
             module = model.get_submodule(path)
         except AttributeError:
             module = None
+        module = module.leaf if isinstance(module, Online) else module
         if module is not None and getattr(module, own, None) is not None:
             return module
         path = path.rpartition(".")[0]
