@@ -95,7 +95,11 @@ def test_a_sliding_window_is_kept():
 
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
 def test_soft_caps_and_sinks_are_kept(name):
-    extra = {"head_dim": 10, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2} if name == "GptOss" else {"head_dim": 10}
+    extra = (
+        {"head_dim": 10, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2}
+        if name == "GptOss"
+        else {"head_dim": 10}
+    )
     config = getattr(transformers, f"{name}Config")(**LLAMA | extra)
     config._experts_implementation = "eager"
     torch.manual_seed(0)

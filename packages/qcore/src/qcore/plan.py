@@ -1,7 +1,6 @@
 """The preflight: every decision and every violation, on meta tensors, before any computing.
 
-Sizes are those of packed parts where a packing can pack tensors without values, else they are computed from the spec; memory and time are estimates,
-and are called so wherever they are shown.
+Sizes are those of packed parts; memory and time are estimates, and are called so wherever they are shown.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qcore.errors import NotFound, PlanError, QcoreError
 from qcore.model.adapter import ModelAdapter
@@ -20,8 +19,8 @@ from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
-from qcore.numbers import QTensor, QuantSpec
-from qcore.numbers.granularity import Shape, grid
+from qcore.numbers import QuantSpec, quantize
+from qcore.numbers.granularity import Shape
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
@@ -280,7 +279,7 @@ class _Planner:
             return None
         try:
             unpack = partial(packing.unpack, spec=spec, shape=shape)
-            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, unpack=unpack))
+            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, self.loaded.dtype, unpack))
         except NotFound as e:
             self._problem(site, str(e))
             return None
@@ -307,8 +306,8 @@ class _Planner:
             )
         for site in self.sites:
             if site not in self.specs and site.input in self.specs:
-                rule = self.recipe.rule_for(site)
-                why = f"rule {rule.sites!r} leaves its weight float" if rule is not None else "no rule names its weight"
+                own = self.recipe.rule_for(site)
+                why = f"rule {own.sites!r} leaves its weight float" if own is not None else "no rule names its weight"
                 self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
 
     def _check_tensors(self) -> None:
@@ -403,32 +402,25 @@ def matrix_shape(module: nn.Module, site: Site) -> Shape:
 
 
 def packed_bytes(packing: Any, spec: QuantSpec, shape: Shape) -> int:
-    """Bytes of the packed parts: packed on meta where format and packing allow, else computed from the spec."""
+    """Bytes of the packed parts of such a weight, counted on a few rows of noise and drawn out: packed sizes are linear in rows.
+
+    (Packing on meta would do as well, but torch's arithmetic on meta tensors imports its compiler, which takes longer than a whole plan.)
+    """
+    n, k = shape
+    height = spec.granularity.block(shape)[0]
+    step = 32 * (height if height < n else 1)  # whole blocks, whole words
+
+    def count(rows: int) -> int:
+        noise = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+        return sum(t.numel() * t.element_size() for t in packing.pack(quantize(noise, spec)).values())
+
     try:
-        parts = packing.pack(QTensor(spec, _meta_parts(spec, shape), shape))
-        return sum(t.numel() * t.element_size() for t in parts.values())
-    except Exception:  # a packing that looks at values, or a fitted format: the size is then an estimate like the others
+        if n <= 2 * step:
+            return count(n)
+        one, two = count(step), count(2 * step)
+        return round(one + (two - one) * (n - step) / step)
+    except QcoreError:
         return round(spec.bits_per_value(shape) * prod(shape) / 8)
-
-
-def _meta_parts(spec: QuantSpec, shape: Shape) -> dict[str, Tensor]:
-    fmt = spec.format
-    if fmt.parts:
-        raise NotImplementedError("the size of fitted parts is known once they are fitted")
-    dtype = fmt.encode(torch.zeros(1, fmt.dim) if fmt.dim > 1 else torch.zeros(1)).dtype
-    parts = {"codes": torch.empty((*shape[:-1], shape[-1] // fmt.dim), dtype=dtype, device="meta")}
-    if not spec.scaled:
-        return parts
-    blocks = grid(shape, spec.granularity.block(shape))
-    if isinstance(spec.scale, QuantSpec):
-        parts |= {f"scale.{name}": t for name, t in _meta_parts(spec.scale, blocks).items()}
-    else:
-        parts["scale"] = torch.empty(blocks, device="meta")
-    if spec.offset.value == "code":
-        parts["offset"] = torch.empty(blocks, dtype=dtype, device="meta")
-    elif spec.offset.value == "value":
-        parts["offset"] = torch.empty(blocks, device="meta")
-    return parts
 
 
 def _site_of(param: str) -> Site:

@@ -46,7 +46,7 @@ def test_held_out_parts_are_disjoint_and_make_the_whole(text: Path) -> None:
     assert pair.held_out and pair.calibration and pair.evaluation
     assert pair.calibration.text() + pair.evaluation.text() == text.read_text()
     assert pair.calibration.text().endswith("\n") and 0.15 < len(pair.evaluation.text()) / 900 < 0.25
-    assert pair.note() == "calibrated on the first 80 % of text.txt, evaluated on the last 20 % of it"
+    assert pair.note() == "calibrated on the first 80 % of text.txt, evaluated on the last 20 % of text.txt"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8, 1.0])

@@ -7,7 +7,7 @@ from qcore.numbers.hadamard import random_signs
 from qcore.testing import check_module
 from qcore.transforms.rewrite import Hadamard
 
-SIZES = [1, 8, 12, 44, 92, 116]  # 92 and 116 are padded
+SIZES = [1, 8, 12, 92, 44, 116]  # 92 and 116 are padded
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,6 +1,7 @@
 """The preflight: exact sizes, every decision with its reason, every violation at once, and no weight touched."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from qcore.errors import PlanError
 from qcore.model import Block, DictReader, Invariance, Link, LoadedModel, ModelAdapter, Port, Site, Topology, parameters_on_meta
-from qcore.numbers import Int, PerGroup, QuantSpec, int_activation, int_weight, nvfp4, quantize
+from qcore.numbers import Codebook, Int, PerGroup, PerTensor, QuantSpec, Tile, int_activation, int_weight, nvfp4, quantize
 from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 from qcore.packing import Bits, CompressedInt, CompressedPack
 from qcore.plan import make_plan, packed_bytes
@@ -134,10 +135,21 @@ def test_sizes_are_those_of_packed_bytes() -> None:
     assert made.effective_bits == pytest.approx(8 * packed / (4 * 64 * 160))
 
 
-@pytest.mark.parametrize("spec", [int_weight(4, 32), int_weight(3, 32, asymmetric=True), nvfp4(), int_weight(8)], ids=str)
-def test_packed_size_on_meta_is_the_size_of_real_packed_parts(spec: QuantSpec) -> None:
-    real = Bits().pack(quantize(torch.randn(16, 64), spec))
-    assert packed_bytes(Bits(), spec, (16, 64)) == sum(t.numel() * t.element_size() for t in real.values())
+SPECS = [int_weight(4, 32), int_weight(3, 32, asymmetric=True), nvfp4(), int_weight(8), QuantSpec(format=Int(4), granularity=Tile(48, 32)),
+         QuantSpec(format=Codebook(3, iterations=2), granularity=PerTensor())]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (200, 64), (7 * 48, 96)], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_packed_size_is_the_size_of_real_packed_parts(spec: QuantSpec, shape: tuple[int, int]) -> None:
+    real = Bits().pack(quantize(torch.randn(shape), spec))
+    assert packed_bytes(Bits(), spec, shape) == pytest.approx(sum(t.numel() * t.element_size() for t in real.values()), rel=0.002)
+
+
+def test_a_plan_does_not_wake_the_compiler() -> None:
+    before = "torch._dynamo" in sys.modules
+    plan(recipe())
+    assert ("torch._dynamo" in sys.modules) == before
 
 
 def test_what_stays_float_says_why() -> None:

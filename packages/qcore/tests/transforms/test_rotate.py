@@ -75,12 +75,12 @@ def test_nothing_to_rotate_is_an_error():
 
 
 def test_odd_sizes_are_rotated_in_blocks_or_refused():
-    model = tiny_decoder(hidden=92, heads=2, kv_heads=1).double()  # neither 92, 46 nor 23 has a matrix here
-    assert largest_block(92) == 4
+    model = tiny_decoder(hidden=156, heads=3, kv_heads=1).double()  # 156 has no matrix here, its third has
+    assert largest_block(156) == 52
     fold = folded(model)
     rewrite = check_transform(HadamardRotate(inner=False), ADAPTER, model, [tokens()], after=fold)
-    assert "blocks of 4" in rewrite.notes[-1]
-    with pytest.raises(SpecError, match=r"size 92.*blocks of 4"):
+    assert "blocks of 52" in rewrite.notes[-1]
+    with pytest.raises(SpecError, match=r"size 156.*blocks of 52"):
         fit_transform(HadamardRotate(odd_sizes="refuse", inner=False), ADAPTER, apply_rewrite(model, fold), [tokens()])
 
 

@@ -27,6 +27,7 @@ from qplug_llm.proof import Bench, Verdict
 from qplug_llm.structure import Facts, features, find_blocks, is_linear, kinds, observe
 
 _MOST_LAYERS = 8
+_AXES: tuple[Axis, ...] = ("out", "in")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DecoderLM(ModelAdapter):
         if getattr(config, "vision_config", None) is not None or getattr(config, "num_attention_heads", None) is None:
             return False
         blocks = find_blocks(model)
-        if blocks is None or model.get_output_embeddings() is None:
+        if blocks is None or model.get_output_embeddings() is None:  # type: ignore[operator]
             return False
         return any(
             hasattr(m, a) for m in model.get_submodule(blocks).modules() for a in ("num_key_value_groups", "num_heads", "head_dim", "is_causal")
@@ -89,7 +90,7 @@ def learn(model: nn.Module, blocks: str) -> Knowledge:
         chosen.append(next(i for i in range(len(own)) if i not in chosen))  # two layers: a block must also stand what a block before it makes
     chosen.sort()
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)  # type: ignore[union-attr,operator]
-    return _learn(_Frozen(model), type(model), config, blocks, tuple(chosen), tuple(own[i] for i in chosen))
+    return _learn(_Frozen(model), type(model), config, blocks, tuple(chosen), tuple(own[i] for i in chosen))  # type: ignore[arg-type]
 
 
 class _Frozen:
@@ -231,25 +232,25 @@ class _Assembly:
                 if p.ndim < 2:
                     continue
                 param = f"{path}.{name}" if path else name
-                for axis in ("out", "in"):
-                    key: tuple[str, Axis] = (param, axis)  # type: ignore[assignment]
+                for axis in _AXES:
+                    key: tuple[str, Axis] = (param, axis)
                     slices = taken.get(key)
                     if slices is None:
-                        blocked[Port(param, axis)] = self._reason(path, module, name, axis, module is head)  # type: ignore[arg-type]
+                        blocked[Port(param, axis)] = self._reason(path, module, name, axis, module is head)
                     elif () not in slices and name == "weight" and is_linear(module):
-                        rest = _rest(features(module)[1 if axis == "out" else 0], slices)  # type: ignore[index]
+                        rest = _rest(features(module)[1 if axis == "out" else 0], slices)
                         if rest:
-                            blocked[Port(param, axis, channels=rest)] = self._reason(path, module, name, axis, module is head)  # type: ignore[arg-type]
+                            blocked[Port(param, axis, channels=rest)] = self._reason(path, module, name, axis, module is head)
         return blocked
 
-    def _reason(self, path: str, module: nn.Module, name: str, axis: str, head: bool) -> str:
+    def _reason(self, path: str, module: nn.Module, name: str, axis: Axis, head: bool) -> str:
         if isinstance(module, nn.Embedding) and axis == "in":
             return "token ids or positions: their order is the vocabulary's"
         if head and axis == "out":
             return "the vocabulary: logits keep their order and size"
         if self.known.failure:
             return self.known.failure
-        if why := self.why.get((f"{path}.{name}", axis)):  # type: ignore[arg-type]
+        if why := self.why.get((f"{path}.{name}", axis)):
             return why
         if not (is_linear(module) or isinstance(module, nn.Embedding)):
             return f"{type(module).__name__}.{name} is no linear layer: this adapter does not follow its channels"

@@ -82,7 +82,7 @@ class GGUFFile:
             self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{path} cannot be opened ({e})") from e
-        cursor = _Cursor(memoryview(self._bytes), path)
+        cursor = _Cursor(self._bytes.data, path)
         if bytes(self._bytes[:4]) != b"GGUF":
             raise CheckpointError(f"{path} does not begin with 'GGUF': it is no GGUF file")
         cursor.skip(4)
@@ -232,7 +232,7 @@ def config_of(file: GGUFFile) -> Any:
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-    table = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    table: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     plain = table.get(file.architecture)
     if plain is not None and _is_plain(file):
         data: dict[str, Any] = {"model_type": file.architecture, "tie_word_embeddings": "output.weight" not in file.tensors}

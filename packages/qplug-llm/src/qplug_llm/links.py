@@ -1,6 +1,7 @@
 """From facts to candidates: which ports would share channels, in a model of any size."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from qcore.model.topology import Invariance, Link, Port
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from qplug_llm import twin
 from qplug_llm.structure import BlockFacts, Facts, Slot, features
 
+_SHARES: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
 _ALL = Invariance.PERMUTE | Invariance.SCALE | Invariance.ROTATE
 
 
@@ -37,7 +39,7 @@ def _reads(model: nn.Module, paths: tuple[str, ...]) -> tuple[Port, ...]:
 
 
 def _size(model: nn.Module, path: str) -> int:
-    return model.get_submodule(path).weight.shape[0]  # type: ignore[union-attr,return-value]
+    return model.get_parameter(f"{path}.weight").shape[0]
 
 
 def block_candidates(model: nn.Module, block: str, kind: int, facts: BlockFacts, gains: dict[str, float]) -> list[Candidate]:
@@ -80,9 +82,9 @@ def block_candidates(model: nn.Module, block: str, kind: int, facts: BlockFacts,
 
 
 def _attention_candidates(model: nn.Module, block: str, kind: int, facts: BlockFacts, gains: dict[str, float]) -> list[Candidate]:
-    config = model.config
-    dim = getattr(model.get_submodule(f"{block}.{facts.attention}"), "head_dim", None) or twin.head_dim(config)
-    heads, kv = config.num_attention_heads, twin.kv_heads(config)  # type: ignore[union-attr]
+    config: Any = model.config
+    dim: int = getattr(model.get_submodule(f"{block}.{facts.attention}"), "head_dim", None) or twin.head_dim(config)
+    heads, kv = config.num_attention_heads, twin.kv_heads(config)
     found = []
 
     def full(path: str) -> str:
@@ -111,10 +113,7 @@ def _attention_candidates(model: nn.Module, block: str, kind: int, facts: BlockF
         turned = twin.turned_dims(model)
         turned = 0 if turned >= dim else turned
         plain = Link(f"{block}.k·q", size, k_ports, q_ports, _ALL, heads=link_heads)
-        shared = [
-            Link(plain.name, size, k_ports, q_ports, Invariance.SCALE, heads=link_heads, share=share, rotary_dims=turned)  # type: ignore[arg-type]
-            for share in ("half", "interleaved")
-        ]
+        shared = [Link(plain.name, size, k_ports, q_ports, Invariance.SCALE, heads=link_heads, share=share, rotary_dims=turned) for share in _SHARES]
         found.append(Candidate((kind, "k·q"), (plain, *shared)))
     return found
 

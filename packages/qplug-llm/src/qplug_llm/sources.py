@@ -6,8 +6,10 @@ No checkpoint executes code: pickles are not opened, and a configuration that br
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,7 +72,8 @@ class TransformersFolder(ModelSource):
         if "quantization_config" in data:
             how = (data["quantization_config"] or {}).get("quant_method", "an unnamed method")
             raise CheckpointError(
-                f"{folder} is quantized already ({how}); quantizing it again would add a second error to the first: load the float model it was made from"
+                f"{folder} is quantized already ({how}); quantizing it again would add a second error to the first: "
+                "load the float model it was made from"
             )
         reader = SafetensorsReader(folder)
         stored = reader.dtype()
@@ -118,12 +121,15 @@ class GGUF(ModelSource):
         return uri.endswith(".gguf") and Path(uri).is_file()
 
     def load(self, uri: str) -> LoadedModel:
+        if find_spec("gguf") is None:
+            raise NotFound(f"{uri}: GGUF files are read with the package gguf, which is not installed: pip install gguf")
         from qplug_llm import gguf
 
         path = Path(uri)
         file = gguf.GGUFFile(path)
         config = gguf.config_of(file)
         model = skeleton_of(config, file.architecture)
+        config.architectures = [type(model).__name__]
         reader: TensorReader
         notes: tuple[str, ...] = ()
         if types := file.quantized_types():
@@ -205,8 +211,6 @@ def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     # tables that are computed anew: rotary frequencies, causal masks
     known = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-    import re
-
     spare = {n for n in spare if not n.endswith(known) and not any(re.search(p, n) for p in ignored)}
     return None if spare else found
 
@@ -231,9 +235,10 @@ def _loaded_by_transformers(folder: Path, dtype: torch.dtype) -> dict[str, Tenso
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
+        model, info = loaded
     except Exception as e:  # transformers raises what it likes
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first_line(e)})") from e
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

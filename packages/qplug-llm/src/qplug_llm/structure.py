@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qplug_llm import attention, twin
 
 Layout = Literal["whole", "joined", "grouped"]
+_LAYOUTS: tuple[Layout, ...] = ("whole", "joined", "grouped")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(K inputs, N outputs) of a linear or an embedding."""
-    a, b = module.weight.shape  # type: ignore[union-attr,misc]
+    a, b = module.weight.shape  # type: ignore[misc]
     if isinstance(module, nn.Embedding) or hasattr(module, "nf"):
         return a, b
     return b, a
@@ -145,11 +146,16 @@ def find_blocks(model: nn.Module) -> str | None:
     return max(fits)[1] if fits else None
 
 
+def children(model: nn.Module, blocks: str) -> list[nn.Module]:
+    """The blocks, in order."""
+    return list(model.get_submodule(blocks).children())
+
+
 def kinds(model: nn.Module, blocks: str) -> list[tuple[Any, ...]]:
     """One key for each block; equal keys = built alike."""
     lists = twin.per_layer(model.config)
     keys = []
-    for i, block in enumerate(model.get_submodule(blocks)):  # type: ignore[arg-type]
+    for i, block in enumerate(children(model, blocks)):
         own = {}
         for path, module in block.named_modules():
             names = tuple(sorted((n, p.ndim) for n, p in module.named_parameters(recurse=False)))
@@ -198,7 +204,7 @@ def observe(model: nn.Module, blocks: str) -> Facts:
         if isinstance(y, Tensor) and y.is_floating_point() and y.ndim >= 2:
             floats = isinstance(x, Tensor) and x.is_floating_point()
             # clones: some families add to a result in place
-            x = x.flatten(0, -2).clone() if floats else None
+            x = x.flatten(0, -2).clone() if floats and x is not None else None
             calls.append(_Call(path_of[module], module, x, y.flatten(0, -2).clone(), y.clone()))
 
     def border(i: int) -> Any:
@@ -216,7 +222,7 @@ def observe(model: nn.Module, blocks: str) -> Facts:
             if next(module.parameters(recurse=False), None) is not None or next(module.children(), None) is None:
                 handle = module.register_forward_hook(leaf)
                 stack.callback(handle.remove)
-        for i, block in enumerate(model.get_submodule(blocks)):  # type: ignore[arg-type]
+        for i, block in enumerate(children(model, blocks)):
             stack.callback(block.register_forward_hook(border(i), with_kwargs=True).remove)
         stack.enter_context(attention.watching(watch))
         model(input_ids=ids, use_cache=False)
@@ -302,12 +308,12 @@ def _attention_facts(rel: Any, calls: list[_Call], linears: list[_Call], seen: _
     facts: dict[str, Any] = {"attention": rel(seen.path)}
     v = seen.v.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·T, Hkv·D]
     for call in linears:
-        for layout in ("whole", "joined", "grouped"):
-            slot = Slot(rel(call.path), layout, 2)  # type: ignore[arg-type]
+        for layout in _LAYOUTS:
+            slot = Slot(rel(call.path), layout, 2)
             wide = kv * d if layout == "whole" else (h + 2 * kv) * d
             if call.y.shape == (b * t, wide) and "v" not in facts:
-                index = [i for r in slot.channels(h, kv, d) for i in r] or slice(None)
-                if torch.allclose(call.y[:, index], v, rtol=1e-6, atol=1e-9):
+                own = [i for r in slot.channels(h, kv, d) for i in r] or list(range(wide))
+                if torch.allclose(call.y[:, own], v, rtol=1e-6, atol=1e-9):
                     facts["v"] = slot
     before = [c for c in calls if c.path != seen.path and _owns_parameters(c)]
     for name, index, value in (("q", 0, seen.q), ("k", 1, seen.k)):
@@ -316,8 +322,7 @@ def _attention_facts(rel: Any, calls: list[_Call], linears: list[_Call], seen: _
         for call in reversed(before):
             if call.raw.numel() != b * t * first.shape[1] or call.raw.shape[:2] != (b, t):
                 continue
-            own = call.raw[:, 0].flatten(1)
-            if _explain(first, [own]) is None:
+            if _explain(first, [call.raw[:, 0].flatten(1)]) is None:
                 continue
             if is_linear(call.module):
                 facts[name] = Slot(rel(call.path))

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qcore.errors import CheckpointError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from qcore.errors import CheckpointError
 
 
 def content_hash(data: Any) -> str:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -26,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 class _Group(TyperGroup):
     """The commands inside the error boundary."""
 
-    def invoke(self, ctx):  # type: ignore[no-untyped-def]  # the types of click and of typer's own copy of it differ by version
+    def invoke(self, ctx: Any) -> Any:  # click's context, or that of typer's own copy of click, as the version has it
         with boundary():
             return super().invoke(ctx)
 

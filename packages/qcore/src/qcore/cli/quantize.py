@@ -129,6 +129,7 @@ def run_quantize(
 ) -> "Report":
     """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
     from qcore.evaluation import LanguageModeling, default_window, evaluation_windows
+    from qcore.pipeline import compute_dtype
     from qcore.plan import make_plan
 
     steps = job.steps or Steps.real()
@@ -173,12 +174,17 @@ def run_quantize(
             del result
             with job.timed("reload"):
                 reloaded = steps.load(folder, registry=job.registry)
+            kernels = kernels_of(reloaded)
             quality = None
-            if task is not None:
+            if task is not None and reference is not None:
+                # in the dtype of the reference: what is measured is the quantization, not another rounding of sums
+                computed = compute_dtype(loaded.dtype)
+                reloaded.to(computed)
                 with job.timed("evaluate"):
                     scores = task.evaluate(lambda batch: job.adapter.outputs(reloaded, batch), reference, progress)
-                quality = {"task": task.name, "reference_precision": reference.precision, "scores": scores}
-        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, reloaded, folder)
+                computed_in = str(computed).removeprefix("torch.")
+                quality = {"task": task.name, "computed_in": computed_in, "reference_precision": reference.precision, "scores": scores}
+        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder)
         report.write(folder / "report.json")
     return report
 
@@ -241,7 +247,7 @@ def make_report(
     task: Any,
     quality: Mapping[str, Any] | None,
     proof: Any,
-    reloaded: Any,
+    kernels: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]],
     folder: Path,
 ) -> "Report":
     """Everything that was learnt, in one record."""
@@ -254,7 +260,6 @@ def make_report(
     from qcore.evaluation.report import Report, SiteRow
     from qcore.recipe_file import dump
 
-    kernels = kernels_of(reloaded)
     sites = []
     for r in records:
         kernel, refused = kernels.get(r.site.rpartition(":")[0], ("–", ()))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qcore.errors import NotFound
 from qcore.model.reader import TensorReader
@@ -81,6 +82,18 @@ def load_source(uri: str, sources: Mapping[str, type]) -> LoadedModel:
     raise NotFound(f"cannot load model {uri!r}: {hint}\nwhat can be loaded:\n{takes}")
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves out torch.nn.init of tensors on meta: there is nothing to fill, and the attempt imports torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            filled = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter that a module registers goes to meta; buffers (rotary tables, running means) are made for real.
@@ -98,6 +111,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with _NoInit():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]

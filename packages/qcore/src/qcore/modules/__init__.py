@@ -4,8 +4,8 @@ from qcore.modules.conv import QuantizedConv
 from qcore.modules.embedding import QuantizedEmbedding
 from qcore.modules.linear import QuantizedLinear
 from qcore.modules.replace import Stored, leaf_by_type, quantized_leaf, register_leaf
-from qcore.modules.runtime import RuntimeModule, module_name, rebuild
-from qcore.modules.stored import StoredWeight
+from qcore.modules.runtime import RuntimeModule, module_name, place, rebuild
+from qcore.modules.stored import StoredWeight, serve_in
 
 __all__ = [
     "QuantizedConv",
@@ -16,7 +16,9 @@ __all__ = [
     "StoredWeight",
     "leaf_by_type",
     "module_name",
+    "place",
     "quantized_leaf",
     "rebuild",
     "register_leaf",
+    "serve_in",
 ]

@@ -32,6 +32,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     """
 
     name: ClassVar[str] = "quantized-linear"
+    _job: Job
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
         self.transposed = transposed
         self._kernels: tuple[Kernel, ...] = (ReferenceLinear(),)
         self._prepared: dict[str, Tensor] | None = None
-        self.bind(self._kernels)
+        self.bind(self._kernels, dtype=torch.float32)
 
     @property
     def in_features(self) -> int:
@@ -69,11 +70,11 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     def out_features(self) -> int:
         return self.shape[0]
 
-    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Self:
+    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Choose the best of `kernels` for this weight, in place; the stored parts stay as they are.
 
         device: where it will run; None = where the parts lie
-        dtype:  of the inputs
+        dtype:  of the inputs; None = as before: float32, or what the model was last converted to
         """
         self._kernels = tuple(kernels)
         lies = next(iter(self.stored().values())).device
@@ -84,7 +85,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
             shape=self.shape,
             activation=self.activation,
             device=device or lies,
-            dtype=dtype,
+            dtype=dtype or self._job.dtype,
             unpack=partial(self.packing.unpack, spec=self.spec, shape=self.shape),
         )
         self._choice = choose(self._kernels, self._job)
@@ -141,7 +142,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # what became of an empty tensor shows where the module goes, and in which dtype
-        probe = fn(torch.empty(0, dtype=self._job.dtype, device=self._job.device))
+        probe = fn(torch.empty(0, dtype=self._job.dtype, device=next(iter(self.stored().values())).device))
         super()._apply(fn, recurse)
         self.bind(self._kernels, None if probe.is_meta else probe.device, probe.dtype)
         return self

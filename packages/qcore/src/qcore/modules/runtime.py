@@ -1,11 +1,15 @@
 """Every module that a checkpoint may contain is registered, and is rebuilt from plain data."""
 
 import inspect
+import re
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import nn
 
 from qcore.errors import SpecError
+from qcore.model.tap import attach
+
+_HANDLER = re.compile(r"^(?:(?P<owner>.+)\.)?taps\.(?P<key>[^.]+)\.handlers\.\d+$")
 
 
 class RuntimeModule(Protocol):
@@ -43,3 +47,16 @@ def module_name(module: nn.Module, modules: Any) -> str | None:
     if name not in modules or modules[name] is not type(module):
         raise SpecError(f"{type(module).__qualname__} is a run-time module that is not registered as {name!r}; return it from the hook qcore_modules")
     return name
+
+
+def place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path` below `model`, in place; handlers of taps are attached in the order in which they are placed.
+
+    AttributeError where the module above it does not exist.
+    """
+    if match := _HANDLER.match(path):
+        tensor, _, part = match["key"].partition("@")
+        attach(model.get_submodule(match["owner"] or ""), tensor.replace("/", "."), module, int(part) if part else None)  # type: ignore[arg-type]
+        return
+    parent, _, own = path.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

@@ -125,3 +125,26 @@ class StoredWeight(nn.Module):
 
     def storage_repr(self) -> str:
         return f"{self.spec}, packing={self.packing.name}"
+
+
+@torch.no_grad()
+def serve_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert `model` in place to the dtype in which it will be stored and run: parameters, statistics, what run-time modules take and give.
+
+    Stored parts and computed (not persistent) buffers keep theirs.  `model.to(dtype)` would convert the latter: rotary frequencies in bfloat16 turn
+    far positions by the wrong angle.
+    """
+
+    def convert(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    for m in model.modules():
+        if isinstance(m, StoredWeight):
+            m._apply(convert, recurse=False)
+            continue
+        for p in m._parameters.values():
+            if p is not None:
+                p.data = convert(p.data)
+        # statistics of norms; the buffers of other run-time modules are theirs to convert
+        if not hasattr(type(m), "from_config"):
+            m._buffers.update({n: convert(b) for n, b in m._buffers.items() if b is not None and n not in m._non_persistent_buffers_set})

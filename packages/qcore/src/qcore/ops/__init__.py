@@ -2,9 +2,10 @@
 
 from qcore.ops.activation import quantize_input, static_parts
 from qcore.ops.kernel import Choice, Job, Kernel, choose
-from qcore.ops.linear import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
+from qcore.ops.linear import KERNELS, ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 
 __all__ = [
+    "KERNELS",
     "Choice",
     "Job",
     "Kernel",

@@ -6,7 +6,7 @@ so the trained form is the merged form.  Edits are per parameter and in order; a
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -461,7 +461,13 @@ def _repeat_order(order: Tensor, link: Link, port: Port) -> Tensor:
 # ties, owners, sites ---------------------------------------------------------------------------------------------------------------------
 
 
-def owner_of(model: nn.Module, name: str, source: str = "") -> nn.Module:
+class Owners(Protocol):
+    """Modules by path: a model, or whoever remembers those that something else has replaced."""
+
+    def get_submodule(self, target: str, /) -> nn.Module: ...
+
+
+def owner_of(model: Owners, name: str, source: str = "") -> nn.Module:
     """The module whose layout the parameter has: its own where there is one, else the leaf that it was split from, else that of `source`."""
     path, _, own = name.rpartition(".")
     while path:
@@ -473,7 +479,7 @@ def owner_of(model: nn.Module, name: str, source: str = "") -> nn.Module:
         if module is not None and getattr(module, own, None) is not None:
             return module
         path = path.rpartition(".")[0]
-    if getattr(model, name, None) is not None:
+    if isinstance(model, nn.Module) and getattr(model, name, None) is not None:
         return model
     return model.get_submodule((source or name).rpartition(".")[0])
 
@@ -534,7 +540,7 @@ def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
 class RewrittenReader:
     """A reader whose tensors went through a rewrite: what every step after the transforms reads."""
 
-    def __init__(self, reader: TensorReader, rewrite: Rewrite, model: nn.Module) -> None:
+    def __init__(self, reader: TensorReader, rewrite: Rewrite, model: Owners) -> None:
         self._reader, self._rewrite, self._model = reader, rewrite, model
 
     def names(self) -> Iterable[str]:

@@ -1,0 +1,9 @@
+"""Checkpoints: safetensors, a manifest that says what each stored module is, and the proof that a consumer reads the same model."""
+
+from qcore.checkpoint.layout import Layout, layout_for
+from qcore.checkpoint.load import load
+from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry
+from qcore.checkpoint.proof import Proof, prove
+from qcore.checkpoint.save import save
+
+__all__ = ["MANIFEST", "Layout", "Manifest", "ModuleEntry", "Proof", "layout_for", "load", "prove", "save"]

@@ -1,0 +1,176 @@
+"""Open a checkpoint as its consumer does, run it beside the model that was saved, and write down how far apart they are.
+
+A checkpoint that loads is no proof: a loader may round scales, tie what was untied, or leave a layer random.  The consumer of the
+compressed-tensors layout is transformers; of the qcore layout it is `qcore.checkpoint.load`.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qcore.checkpoint.load import load
+from qcore.checkpoint.manifest import Manifest
+from qcore.errors import CheckpointError
+
+PROOF = "proof.json"
+# root mean square of differences, relative to that of outputs, that still counts as rounding: sums in another order
+CLOSE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# compressed-tensors scales dynamic int8 inputs by amax / 127.5, qcore (as vLLM) by amax / 127: many codes differ by one
+CLOSE_INT_INPUTS = 5e-2
+Outputs = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was compared, and how it came out.
+
+    level:          "identical": every output bit for bit; "close": relative_difference is within the tolerance; "different"
+    max_difference: largest absolute difference of outputs;  max_output: largest absolute output of the saved model
+    relative_difference: root mean square of differences over that of the outputs
+    loader:         who opened the checkpoint
+    fresh:          whether that was another process
+    """
+
+    level: Literal["identical", "close", "different"]
+    max_difference: float
+    max_output: float
+    relative_difference: float
+    tolerance: float
+    batches: int
+    loader: str
+    fresh: bool
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def plain_outputs(model: nn.Module, batch: Any) -> Tensor:
+    """Of a model that takes a tensor or keywords, and gives a tensor, or something with `logits`."""
+    out = model(**batch) if isinstance(batch, dict) else model(batch)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out[0])
+
+
+@torch.no_grad()
+def prove(
+    folder: Path | str,
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    outputs: Outputs = plain_outputs,
+    skeleton: nn.Module | None = None,
+    registry: Any = None,
+    fresh: bool = False,
+) -> Proof:
+    """Compare the checkpoint in `folder` with the `model` from which it was written, and write proof.json beside it.
+
+    batches: one or two reference batches
+    outputs: the adapter's, so that what is compared is what the family calls its output
+    skeleton, registry: as of `load`, for the qcore layout
+    fresh:   open it in another process, which shares no import and no cache with this one; needs plain outputs and a source that rebuilds
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if not batches:
+        raise CheckpointError("a proof compares outputs of at least one batch, got none")
+    if fresh and (outputs is not plain_outputs or skeleton is not None or registry is not None):
+        raise CheckpointError("a fresh process takes no outputs, skeleton or registry from this one; call it without them, or with fresh=False")
+    mine = [outputs(model, batch).detach().cpu() for batch in batches]
+    if fresh:
+        loader, theirs = _in_fresh_process(folder, batches)
+    else:
+        loader, other = open_as_consumer(folder, manifest, skeleton, registry)
+        theirs = [outputs(other, batch).detach().cpu() for batch in batches]
+        del other
+        gc.collect()
+    proof = _compare(mine, theirs, _tolerance(manifest), loader, fresh)
+    (folder / PROOF).write_text(json.dumps(asdict(proof), indent=1) + "\n", encoding="utf-8")
+    return proof
+
+
+def open_as_consumer(folder: Path, manifest: Manifest, skeleton: nn.Module | None = None, registry: Any = None) -> tuple[str, nn.Module]:
+    """(who opened it, the model)."""
+    if manifest.layout == "qcore":
+        return "qcore.checkpoint.load", load(folder, skeleton=skeleton, registry=registry)
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(f"{folder / 'config.json'} names the architecture {name!r}, which this transformers does not have")
+    return f"transformers.{name}.from_pretrained", cls.from_pretrained(folder, dtype="auto").eval()
+
+
+def _tolerance(manifest: Manifest) -> float:
+    base = CLOSE.get(manifest.dtype, 1e-3)
+    coded = any(e.config.get("activation") for e in manifest.modules.values())
+    return max(base, CLOSE_INT_INPUTS) if coded and manifest.layout == "compressed-tensors" else base
+
+
+def _compare(mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float, loader: str, fresh: bool) -> Proof:
+    for a, b in zip(mine, theirs, strict=True):
+        if a.shape != b.shape:
+            raise CheckpointError(f"{loader} gives outputs of shape {tuple(b.shape)}, the saved model {tuple(a.shape)}")
+    same = all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    difference = max(float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for a, b in zip(mine, theirs, strict=True))
+    largest = max(float(a.double().abs().max()) if a.numel() else 0.0 for a in mine)
+    a, b = (torch.cat([t.double().flatten() for t in ts]) for ts in (mine, theirs))
+    relative = float((a - b).norm() / a.norm()) if not same else 0.0
+    # NaN compares false: outputs that are no numbers are different
+    level: Literal["identical", "close", "different"] = "identical" if same else "close" if relative <= tolerance else "different"
+    return Proof(
+        level=level,
+        max_difference=difference,
+        max_output=largest,
+        relative_difference=relative,
+        tolerance=tolerance,
+        batches=len(mine),
+        loader=loader,
+        fresh=fresh,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("qcore", "torch", "transformers", "compressed-tensors", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _in_fresh_process(folder: Path, batches: Sequence[Any]) -> tuple[str, list[Tensor]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "batches.pt", Path(scratch) / "outputs.pt"
+        torch.save(list(batches), given)
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from qcore.checkpoint.proof import _child; _child(*sys.argv[1:])",
+            str(folder),
+            str(given),
+            str(found),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckpointError(f"a fresh process cannot open {folder}:\n{done.stderr.strip()[-2000:]}")
+        result = torch.load(found, weights_only=True)
+        return result["loader"], result["outputs"]
+
+
+@torch.no_grad()
+def _child(folder: str, given: str, found: str) -> None:
+    """What runs in the fresh process."""
+    loader, model = open_as_consumer(Path(folder), Manifest.read(Path(folder)))
+    batches = torch.load(given, weights_only=True)
+    torch.save({"loader": loader, "outputs": [plain_outputs(model, batch).cpu() for batch in batches]}, found)

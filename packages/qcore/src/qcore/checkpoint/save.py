@@ -1,0 +1,271 @@
+"""Write a checkpoint, or nothing: all files go to a temporary sibling folder, which takes the target's name at the very end."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qcore.checkpoint.layout import Layout, compressed_tensors_config, layout_for, model_dtype
+from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, needed_names, origins_of
+from qcore.errors import CheckpointError
+from qcore.model.tap import Tap, TapChain
+from qcore.modules import StoredWeight, module_name
+from qcore.modules.online import Online
+from qcore.modules.stored import resolved
+
+SHARD_BYTES = 4_000_000_000
+_STEM = {"compressed-tensors": "model", "qcore": "model.qcore"}
+# transformers looks for these names, with and without variant="qcore"
+_INDEX = {"compressed-tensors": "model.safetensors.index.json", "qcore": "model.safetensors.index.qcore.json"}
+
+
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    source: str = "",
+    adapter: str = "",
+    companions: Callable[[Path], None] | None = None,
+    record: Mapping[str, Any] | None = None,
+    registry: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Write `model`, whose leaves were replaced by run-time modules, to `folder`, as it is: `modules.serve_in` gives it another dtype before.
+
+    source:     the ModelSource whose `skeleton` rebuilds the float architecture; "" = whoever loads passes it
+    adapter:    the ModelAdapter whose `prepare` the model went through
+    companions: writes config.json, tokenizer files … into a folder (`LoadedModel.write_companions`)
+    record:     JSON-ready: recipe, seed, data hash, coverage
+    overwrite:  replace what is in `folder`; else a folder with content is an error
+
+    CheckpointError when it cannot be written; then `folder` is as it was.
+    """
+    folder, registry = Path(folder), resolved(registry)
+    with _built_beside(folder, overwrite) as building:
+        if companions is not None:
+            companions(building)
+        config = _read_config(building)
+        layout = layout_for(model, registry.modules)
+        if layout.name == "compressed-tensors" and config is None:
+            layout = Layout("qcore", ("there is no config.json, so transformers could not load it",))
+        entries, shared = _entries(model, registry)
+        tensors, ties = _tensors(model, shared)
+        files = _write_shards(tensors, building, layout, shard_bytes)
+        needs = needed_names(entries.values())
+        needs["adapters"] |= {adapter} - {""}
+        needs["sources"] |= {source} - {""}
+        manifest = Manifest(
+            layout=layout.name,
+            modules=entries,
+            shared=shared,
+            ties=ties,
+            dtype=model_dtype(model),
+            source=source,
+            adapter=adapter,
+            origins=origins_of(needs, registry),
+            files=files,
+            record=dict(record or {}) | {"layout_reasons": list(layout.reasons[:8])},
+        )
+        manifest.write(building)
+        if config is not None:
+            _write_config(building, config, model, manifest)
+        if not (building / "README.md").exists():
+            (building / "README.md").write_text(_card(model, manifest), encoding="utf-8")
+    return manifest
+
+
+def _entries(model: nn.Module, registry: Any) -> tuple[dict[str, ModuleEntry], dict[str, str]]:
+    """(entries by path, path → the path of the same module).  What lies below a second path of a module needs no mention of its own."""
+    entries: dict[str, ModuleEntry] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path, m in model.named_modules(remove_duplicate=False):
+        name = module_name(m, registry.modules)
+        if name is None:
+            _not_left_behind(path, m)
+        if name is None or any(path.startswith(alias + ".") for alias in shared):
+            continue
+        if id(m) in first:
+            shared[path] = first[id(m)]
+            continue
+        first[id(m)] = path
+        config = m.config()
+        try:
+            json.dumps(config)
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"{path}: the config of {name!r} is not plain data ({e}); mend its `config`") from e
+        entries[path] = ModuleEntry(name, config)
+    return entries, shared
+
+
+def _not_left_behind(path: str, module: nn.Module) -> None:
+    """CheckpointError for what a checkpoint cannot rebuild: a module before a leaf that stayed float, an observer that is still attached."""
+    if isinstance(module, Online):
+        before = type(module.before).__name__
+        raise CheckpointError(
+            f"{path}: {before} stands before a layer that is not quantized; quantize it, or leave out the transform that put it there"
+        )
+    if isinstance(module, Tap) and not isinstance(module, TapChain):
+        raise CheckpointError(f"{path}: {type(module).__name__} is attached, but no registered module; detach it before saving")
+
+
+def _tensors(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to store, name → the name that stores it too)."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, t in model.state_dict().items():
+        if any(name.startswith(alias + ".") for alias in shared):
+            continue
+        if not isinstance(t, Tensor):
+            raise CheckpointError(f"{name} is a {type(t).__name__} in the state dict; a checkpoint holds tensors alone")
+        if t.is_meta:
+            raise CheckpointError(f"{name} has no values (it is on meta); materialize the model before saving it")
+        key = (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+        if t.numel() and key in seen:
+            ties[name] = seen[key]
+            continue
+        seen[key] = name
+        # a view keeps its whole storage alive, and safetensors refuses two views of one storage
+        whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        tensors[name] = t.detach().cpu() if whole else t.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, ties
+
+
+def _write_shards(tensors: Mapping[str, Tensor], folder: Path, layout: Layout, shard_bytes: int) -> dict[str, int]:
+    """Write the tensors; returns file → bytes."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = t
+        room -= size
+    stem = _STEM[layout.name]
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, s in zip(names, shards, strict=True) for n in s}}
+        (folder / _INDEX[layout.name]).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return {file: (folder / file).stat().st_size for file in names}
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return config
+
+
+def _write_config(folder: Path, config: dict[str, Any], model: nn.Module, manifest: Manifest) -> None:
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")} | {"dtype": manifest.dtype}
+    if manifest.layout == "compressed-tensors":
+        quantization = compressed_tensors_config(model)
+    else:
+        # the loader inside transformers sees config.json alone
+        quantization = {"quant_method": "qcore", "manifest": manifest.to_dict() | {"files": {}, "record": {}}}
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    ends = [end() for name in ("get_input_embeddings", "get_output_embeddings") if callable(end := getattr(model, name, None))]
+    if len(ends) == 2 and all(end is not None for end in ends):
+        # what a transform or a solver untied must not be tied again by the loader, over the weight that was stored
+        config["tie_word_embeddings"] = _same_weight(*ends)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _same_weight(a: nn.Module, b: nn.Module) -> bool:
+    if a is b:
+        return True
+    one, other = getattr(a, "weight", None), getattr(b, "weight", None)
+    plain = not isinstance(a, StoredWeight) and not isinstance(b, StoredWeight)
+    return plain and isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr()
+
+
+def _card(model: nn.Module, manifest: Manifest) -> str:
+    """A short model card: how to load it, and what is stored."""
+    counts: dict[str, int] = {}
+    for m in model.modules():
+        if isinstance(m, StoredWeight):
+            what = f"{m.spec}, packed as {m.packing.name}"
+            counts[what] = counts.get(what, 0) + 1
+    rows = "\n".join(f"| {n} | {what} |" for what, n in sorted(counts.items())) or "| 0 | nothing is quantized |"
+    kind = type(model).__name__
+    if manifest.layout == "compressed-tensors":
+        load = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained(folder)"
+        note = "Any program that reads compressed-tensors loads it; so does `qcore.checkpoint.load(folder)`."
+    else:
+        load = "from qcore.checkpoint import load\n\nmodel = load(folder)"
+        note = (
+            'This layout needs qcore.  With transformers: `import qcore.hf`, then `from_pretrained(folder, variant="qcore")`; without the import it '
+            "refuses, because there is no file `model.safetensors`."
+        )
+    return (
+        f"# A quantized {kind}\n\n```python\n{load}\n```\n\n{note}\n\n| layers | stored as |\n|---|---|\n{rows}\n\n"
+        f"`{MANIFEST}` says what each module is and how it was made; `proof.json`, where there is one, says that it was loaded and compared.\n"
+        f"Written by qcore {manifest.written_by}.\n"
+    )
+
+
+@contextmanager
+def _built_beside(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `folder` to build in; on success it takes `folder`'s place, on any failure it is gone."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} is not empty; choose another folder, or pass overwrite=True to replace it")
+    building: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        building.chmod(0o755)
+        yield building
+        for path in [*sorted(building.rglob("*")), building]:
+            _sync(path)
+        _take_place(building, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {e}; nothing was left behind") from e
+    finally:
+        if building is not None and building.exists():
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _take_place(building: Path, folder: Path) -> None:
+    """Rename `building` to `folder`; what was there goes only after the new one stands."""
+    old: Path | None = None
+    if folder.is_dir() and any(folder.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+        folder.rename(old)
+    try:
+        building.rename(folder)
+    except OSError:
+        if old is not None:
+            old.rename(folder)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
