@@ -381,7 +381,7 @@ def check_packing(packing: Packing, spec: QuantSpec, shape: tuple[int, ...] = (1
     name = f"packing {packing.name!r} on {spec}"
     reason = packing.refuses(spec, shape)
     assert reason is None, f"{name} refuses shape {shape}: {reason}; check it with a spec that it accepts"
-    q = quantize(_rand(*shape), spec)
+    q = _every_code(quantize(_rand(*shape), spec))
     packed = packing.pack(q)
     for key in packed:
         assert "." not in key, f"{name}: {key!r} has a dot; names are local to the module, the checkpoint adds the path"
@@ -396,6 +396,15 @@ def check_packing(packing: Packing, spec: QuantSpec, shape: tuple[int, ...] = (1
         assert key in meta and meta[key].shape == t.shape and meta[key].dtype == t.dtype, (
             f"{name}: on meta tensors {key!r} has another shape or dtype"
         )
+
+
+def _every_code(q: QTensor) -> QTensor:
+    """The tensor with every code that its format can round to, also those that random weights rarely reach (-8 of 4-bit integers)."""
+    fmt = q.spec.format
+    if fmt.parts or fmt.dim > 1:
+        return q
+    reached = fmt.encode(_format_values(fmt)).unique()
+    return QTensor(q.spec, {**q.parts, "codes": reached[torch.arange(q.codes.numel()) % len(reached)].reshape(q.codes.shape)}, q.shape)
 
 
 def check_kernel(
