@@ -90,6 +90,8 @@ _OWN = {"quantize", "plan", "eval", "compare", "explain", "recipes", "plugins", 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # the bars of libraries would run through our own progress
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app = build()
         if not args or args[0] not in _OWN:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs

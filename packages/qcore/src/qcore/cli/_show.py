@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from qcore.evaluation.report import finite
+
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def remark(text: str) -> None:
@@ -20,9 +22,15 @@ def remark(text: str) -> None:
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = (), stderr: bool = False
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    right: Sequence[int] = (),
+    stderr: bool = False,
+    width: int = 160,
 ) -> None:
-    """Print a table.  right: columns that are aligned to the right"""
+    """Print a table.  right: columns that are aligned to the right;  width: where there is no terminal"""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -35,7 +43,7 @@ def table(
     console = Console(stderr=stderr)
     if not console.is_terminal:
         # a file or a pipe has no width; 80 columns would fold the very names one greps for
-        console = Console(stderr=stderr, width=160)
+        console = Console(stderr=stderr, width=width)
     console.print(made)
 
 
@@ -81,7 +89,7 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
 
 
 def show_report(report: "Report") -> None:
-    table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"])
+    table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"], width=110)
     if report.data.get("note"):
         print(report.data["note"])
     for note in report.model.get("notes", ()):
