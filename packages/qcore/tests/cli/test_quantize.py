@@ -47,6 +47,7 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     assert report["size"]["after_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     assert report["data"]["calibration"]["tokens"] == 512 and len(report["data"]["evaluation"]["sha256"]) == 64
     assert report["memory"]["peak_bytes"] > report["memory"]["anonymous_bytes"] > 0
+    assert {"reference", "quantize", "evaluate"} <= set(report["memory"]["anonymous_by_phase"])
     assert report["proof"]["level"] == "identical" and report["sites"][0]["site"] == "mix:weight"
 
 

@@ -127,6 +127,8 @@ class Job:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
+        if self.meter is not None:
+            self.meter.phase = phase
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
         if self.meter is not None:
