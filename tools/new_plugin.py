@@ -67,8 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    install = "uv sync" if args.into.resolve() == PACKAGES.resolve() else f"uv pip install -e {folder}"
-    print(f"wrote {folder}\n  prove it:    python -m pytest {folder}\n  install it:  {install}\n  see it:      qcore plugins list")
+    print(f"wrote {folder}")
+    print(f"  prove it:    python -m pytest {folder}")
+    print(f"  install it:  uv pip install --no-deps -e {folder}")
+    print("  see it:      qcore plugins list")
     return 0
 
 

@@ -44,8 +44,8 @@ def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"## {model}",
         "",
-        f"Float perplexity {scores['perplexity_reference']:.2f} on {scores['tokens']:.0f} tokens of {text}, windows of {scores['window']:.0f}; "
-        f"calibration {cell['samples']} windows of {cell['length']}; symmetric integers in groups of 64, embeddings and head float.",
+        f"Float perplexity {scores['perplexity_reference']:.2f} on {scores['tokens']:.0f} tokens of {text}, "
+        f"windows of {scores['window']:.0f}; calibration {cell['samples']} windows of {cell['length']}; symmetric integers in groups of 64, embeddings and head float.",
         *[f"**{note}**" for note in first["notes"]],
         "",
         "| | bits | KL to float | ± s.e. | over seeds | top-1 | perplexity | seconds | load | peak GB |",
@@ -54,8 +54,8 @@ def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
     for r in _rows(cells):
         seeds = f"± {r['spread']:.4f} ({r['seeds']})" if r["spread"] is not None else "–"
         lines.append(
-            f"| {r['label']} | {r['bits']:.3f} | {r['kl']:.4f} | {r['error']:.4f} | {seeds} | {r['top1']:.3f} | {r['perplexity']:.2f} | {r['seconds']:.1f} "
-            f"| {r['load']:.1f} | {r['peak']:.2f} |"
+            f"| {r['label']} | {r['bits']:.3f} | {r['kl']:.4f} | {r['error']:.4f} | {seeds} | {r['top1']:.3f} "
+            f"| {r['perplexity']:.2f} | {r['seconds']:.1f} | {r['load']:.1f} | {r['peak']:.2f} |"
         )
     return [*lines, ""]
 
@@ -106,9 +106,9 @@ def write(cells: Path) -> None:
     lines = [
         "# Evidence",
         "",
-        "Made by `make evidence` (tools/bench/evidence.py): every figure is a cell under `cells/`, with its recipe, overrides, seed, data and code version.",
-        "Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load average beside the seconds says",
-        "whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
+        "Made by `make evidence` (tools/bench/evidence.py): every figure is a cell under `cells/`, with its recipe, overrides, seed, data and",
+        "code version. Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load",
+        "average beside the seconds says whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
         "",
         "![KL divergence against size](quality.svg)",
         "",

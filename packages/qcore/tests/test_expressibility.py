@@ -152,7 +152,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 # 1 -----------------------------------------------------------------------------------------------------------------------------------------

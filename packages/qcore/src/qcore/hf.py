@@ -33,7 +33,7 @@ class QcoreConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             raise CheckpointError(f"quantization_config of method 'qcore' has an unknown field {sorted(unknown)[0]!r}; upgrade qcore")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers compares it as text
         self.manifest = manifest
 
 

@@ -252,6 +252,20 @@ def test_an_unregistered_module_is_refused_when_saving(registry, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_checkpoint_cannot_rebuild_is_refused_when_saving(more, tmp_path):
+    from qcore.modules.online import Online as Wrapper
+
+    model = quantized_net()
+    model.head = Wrapper(model.head, Online(32))
+    with pytest.raises(CheckpointError, match="head: Online stands before a layer that is not quantized"):
+        save(model, tmp_path / "out", registry=more)
+    model = quantized_net()
+    attach(model, "hidden", Tap())
+    with pytest.raises(CheckpointError, match=r"taps\.hidden\.handlers\.0: Tap is attached, but no registered module"):
+        save(model, tmp_path / "out", registry=more)
+    assert list(tmp_path.iterdir()) == []
+
+
 # damage ----------------------------------------------------------------------------------------------------------------------------------
 
 

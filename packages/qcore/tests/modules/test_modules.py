@@ -27,6 +27,7 @@ from qcore.numbers import (
 )
 from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 from qcore.packing import Bits, CompressedFloat, CompressedInt, CompressedPack, first_that_accepts
+from qcore.testing import check_module
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,6 +79,7 @@ FLOATS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("spec", [int_weight(8), int_weight(3), QuantSpec(format=FP8_E4M3, granularity=PerTensor())], ids=str)
 def test_a_leaf_is_the_float_layer_with_the_dequantized_weight(kind, spec):
@@ -253,3 +255,16 @@ def test_an_unregistered_run_time_module_is_named():
     assert module_name(nn.Linear(2, 2), REGISTRY.modules) is None
     with pytest.raises(SpecError, match="hook qcore_modules"):
         module_name(leaf, {})
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kind", FLOATS)
+def test_modules_keep_their_contract(kind):
+    torch.manual_seed(0)
+    make, shape = FLOATS[kind]
+    leaf, _ = leaf_of(make(), nvfp4_of_8() if kind == "linear" else int_weight(8), activation=int_activation())
+    check_module(leaf, torch.randn(shape), registry=REGISTRY)
+
+
+def nvfp4_of_8() -> QuantSpec:
+    return QuantSpec(format=nvfp4().format, granularity=PerGroup(8), scale=nvfp4().scale)

@@ -22,6 +22,7 @@ from qcore.numbers import (
 )
 from qcore.ops import Job, ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear, choose
 from qcore.packing import Bits, CompressedInt
+from qcore.testing import check_kernel
 
 SPECS = [
     int_weight(4, 16),
@@ -158,3 +159,18 @@ def test_choice_takes_the_best_and_keeps_the_reasons():
 def test_no_rows_give_no_rows(kernel):
     job, parts, _ = a_job(int_weight(8), activation=int_activation())
     assert kernel(torch.zeros(0, 64), kernel.prepare(parts, job), job).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "packing", "spec", "more"),
+    [
+        (ReferenceLinear(), Bits(), int_weight(3, 16, asymmetric=True), {}),
+        (ReferenceLinear(), Bits(), nvfp4(), {"activation": fp8_activation()}),
+        (TorchInt8DynamicLinear(), CompressedInt(), int_weight(8), {"activation": int_activation()}),
+        # one rounding to bfloat16
+        (TorchInt4Linear(), Bits(), int_weight(4, 32, scale="bfloat16"), {"dtype": torch.bfloat16, "rtol": 2**-8}),
+    ],
+    ids=lambda v: getattr(v, "name", ""),
+)
+def test_kernels_keep_their_contract(kernel, packing, spec, more):
+    check_kernel(kernel, packing, spec, **more)

@@ -22,6 +22,7 @@ from qcore.numbers import (
     quantize,
 )
 from qcore.solvers import RTN
+from qcore.testing import check_solver
 
 DOUBLE = QuantSpec(format=Int(4), granularity=PerGroup(16), scale=QuantSpec(format=Int(6, signed=False), granularity=PerGroup(3), scale="float16"))
 SPECS = {
@@ -114,15 +115,15 @@ def test_offsets_and_powers_of_two_get_no_negative_scales(w):
 
 def test_one_bit_scales_are_mean_magnitudes(w):
     q = RTN().solve(w, QuantSpec(format=Int(1), granularity=PerGroup(32)), {})
-    torch.testing.assert_close(q.scale(), w.abs().view(12, 3, 32).mean(-1))
+    assert torch.allclose(q.scale(), w.abs().view(12, 3, 32).mean(-1), rtol=1e-6)
     assert (q.dequantize()[3] == 0).all()  # the row of zeros
 
 
 @pytest.mark.parametrize("p", [1.0, 2.4])
 def test_norm_is_the_norm_that_is_minimized(w, p):
-    spec = int_weight(3, 32, scale="float32")
+    spec = SPECS["int3-zero-point"]  # the same candidates for every norm: nothing is polished where there is an offset
     error = lambda norm: RTN(norm=norm).solve(w, spec, {}).dequantize().sub(w).abs().pow(p).sum()
-    assert error(p) <= error(2.0)
+    assert error(p) < error(2.0)
 
 
 def test_weights_of_the_gram_lower_the_weighted_error(w):
@@ -188,3 +189,9 @@ def test_nothing_is_stored_for_nan():
 def test_options_are_checked(options):
     with pytest.raises(SpecError):
         RTN(**options)
+
+
+@pytest.mark.parametrize("solver", [RTN(), RTN(clip="none"), RTN(weighted=True)], ids=repr)
+def test_rtn_keeps_the_contract_of_solvers(solver):
+    for spec in (SPECS["int4"], SPECS["int3-zero-point"], SPECS["nvfp4"]):
+        check_solver(solver, spec)

@@ -17,11 +17,10 @@ def folded(model):
     return FoldNorm().fit(topology, {}, {}, model, DictReader(model.state_dict()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True}, {"norm_offset": 1.0, "tied": True}, {"kv_heads": 1, "rotary": 0.5}, {"hidden": 48, "heads": 6, "kv_heads": 2}],
-    ids=str,
-)
+VARIANTS = [{}, {"bias": True}, {"norm_offset": 1.0, "tied": True}, {"kv_heads": 1, "rotary": 0.5}, {"hidden": 48, "heads": 6, "kv_heads": 2}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_rotating_residual_and_values_keeps_a_decoder(options):
     model = tiny_decoder(**options)
     fold = folded(model.double())
@@ -29,13 +28,13 @@ def test_rotating_residual_and_values_keeps_a_decoder(options):
     assert "model.embed_tokens.weight" in rewrite.edits and "model.layers.0.self_attn.v_proj.weight" in rewrite.edits
 
 
-@pytest.mark.parametrize("intermediate", [48, 52])  # 52 has no Hadamard matrix here: padded to 56
+@pytest.mark.parametrize("intermediate", [48, 92])  # 92 has no Hadamard matrix here: padded to 96
 def test_an_online_rotation_keeps_a_decoder(intermediate):
     model = tiny_decoder(intermediate=intermediate, bias=True).double()
     rotate = HadamardRotate(online=("*.down_proj:weight",))
     rewrite = check_transform(rotate, ADAPTER, model, [tokens()], after=folded(model))
     twin = apply_rewrite(model, rewrite)
-    padded = {48: 48, 52: 56}[intermediate]
+    padded = {48: 48, 92: 96}[intermediate]
     assert twin.model.layers[0].mlp.down_proj.leaf.weight.shape == (32, padded)
 
 
@@ -76,12 +75,12 @@ def test_nothing_to_rotate_is_an_error():
 
 
 def test_odd_sizes_are_rotated_in_blocks_or_refused():
-    model = tiny_decoder(hidden=100, heads=5, kv_heads=1).double()  # neither 100, 50 nor 25 has a matrix here
-    assert largest_block(100) == 20
+    model = tiny_decoder(hidden=156, heads=3, kv_heads=1).double()  # 156 has no matrix here, its third has
+    assert largest_block(156) == 52
     fold = folded(model)
     rewrite = check_transform(HadamardRotate(inner=False), ADAPTER, model, [tokens()], after=fold)
-    assert "blocks of 20" in rewrite.notes[-1]
-    with pytest.raises(SpecError, match=r"size 100.*blocks of 20"):
+    assert "blocks of 52" in rewrite.notes[-1]
+    with pytest.raises(SpecError, match=r"size 156.*blocks of 52"):
         fit_transform(HadamardRotate(odd_sizes="refuse", inner=False), ADAPTER, apply_rewrite(model, fold), [tokens()])
 
 

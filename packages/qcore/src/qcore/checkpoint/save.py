@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from qcore.checkpoint.layout import Layout, compressed_tensors_config, layout_for, model_dtype
 from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, needed_names, origins_of
 from qcore.errors import CheckpointError
+from qcore.model.tap import Tap, TapChain
 from qcore.modules import StoredWeight, module_name
+from qcore.modules.online import Online
 from qcore.modules.stored import resolved
 
 SHARD_BYTES = 4_000_000_000
@@ -89,19 +91,32 @@ def _entries(model: nn.Module, registry: Any) -> tuple[dict[str, ModuleEntry], d
     first: dict[int, str] = {}
     for path, m in model.named_modules(remove_duplicate=False):
         name = module_name(m, registry.modules)
+        if name is None:
+            _not_left_behind(path, m)
         if name is None or any(path.startswith(alias + ".") for alias in shared):
             continue
         if id(m) in first:
             shared[path] = first[id(m)]
             continue
         first[id(m)] = path
-        config = m.config()  # type: ignore[operator]
+        config = m.config()
         try:
             json.dumps(config)
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: the config of {name!r} is not plain data ({e}); mend its `config`") from e
         entries[path] = ModuleEntry(name, config)
     return entries, shared
+
+
+def _not_left_behind(path: str, module: nn.Module) -> None:
+    """CheckpointError for what a checkpoint cannot rebuild: a module before a leaf that stayed float, an observer that is still attached."""
+    if isinstance(module, Online):
+        before = type(module.before).__name__
+        raise CheckpointError(
+            f"{path}: {before} stands before a layer that is not quantized; quantize it, or leave out the transform that put it there"
+        )
+    if isinstance(module, Tap) and not isinstance(module, TapChain):
+        raise CheckpointError(f"{path}: {type(module).__name__} is attached, but no registered module; detach it before saving")
 
 
 def _tensors(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,6 +32,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     """
 
     name: ClassVar[str] = "quantized-linear"
+    _job: Job
 
     def __init__(
         self,
@@ -58,9 +59,8 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
         self.online = online
         self.transposed = transposed
         self._kernels: tuple[Kernel, ...] = (ReferenceLinear(),)
-        self._job: Job | None = None
         self._prepared: dict[str, Tensor] | None = None
-        self.bind(self._kernels)
+        self.bind(self._kernels, dtype=torch.float32)
 
     @property
     def in_features(self) -> int:
@@ -78,7 +78,6 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
         """
         self._kernels = tuple(kernels)
         lies = next(iter(self.stored().values())).device
-        dtype = dtype or (self._job.dtype if self._job is not None else torch.float32)
         self._job = Job(
             op="linear",
             packing=self.packing.name,
@@ -86,7 +85,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
             shape=self.shape,
             activation=self.activation,
             device=device or lies,
-            dtype=dtype,
+            dtype=dtype or self._job.dtype,
             unpack=partial(self.packing.unpack, spec=self.spec, shape=self.shape),
         )
         self._choice = choose(self._kernels, self._job)
@@ -143,7 +142,6 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # what became of an empty tensor shows where the module goes, and in which dtype
-        assert self._job is not None
         probe = fn(torch.empty(0, dtype=self._job.dtype, device=next(iter(self.stored().values())).device))
         super()._apply(fn, recurse)
         self.bind(self._kernels, None if probe.is_meta else probe.device, probe.dtype)

@@ -152,14 +152,9 @@ class Float(NumberFormat):
         return 2 - (1 << (self.exponent - 1))
 
     def encode(self, x: Tensor, params: Params = NO_PARAMS) -> Tensor:
-        x = x.float()
-        magnitude = x.abs().clamp(max=self.hi)
-        _, e = torch.frexp(magnitude)  # magnitude = f · 2^e with f in [1/2, 1)
-        # frexp gives zero the exponent 0, which would be a normal number's
-        e = torch.where(magnitude == 0, self._lowest_exponent, e - 1).clamp(min=self._lowest_exponent)
-        # in units of the last place: torch.round is half to even, and a carry into the next exponent is the next pattern by itself
-        units = torch.ldexp(magnitude, self.mantissa - e).round()
-        pattern = (((e - self._lowest_exponent) << self.mantissa) + units.int()).clamp(max=self._top)
+        magnitude = x.float().abs().contiguous()
+        # patterns ascend with the magnitudes, so the nearest is found by the bounds between them; above the last bound all saturate
+        pattern = torch.bucketize(magnitude, _float_bounds(self).to(x.device), out_int32=True)
         return (pattern | (torch.signbit(x).int() << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params = NO_PARAMS) -> Tensor:
@@ -175,6 +170,15 @@ def _float_table(fmt: Float) -> Tensor:
     value = torch.where(e == 0, torch.ldexp(f, torch.tensor(lowest)), torch.ldexp(f + (1 << fmt.mantissa), e - 1 + lowest)).float()
     value[fmt._top + 1 :] = torch.nan
     return torch.cat([value, -value])
+
+
+@lru_cache(maxsize=32)
+def _float_bounds(fmt: Float) -> Tensor:
+    """The largest magnitude that still rounds to each pattern but the last.  [_top] float32, ascending"""
+    table = _float_table(fmt)[: fmt._top + 1]
+    middle = (table[1:] + table[:-1]) / 2  # exact: one mantissa bit more
+    # a tie goes to the even pattern
+    return torch.where(torch.arange(fmt._top) % 2 == 0, middle, torch.nextafter(middle, torch.zeros(())))
 
 
 @dataclass(frozen=True)

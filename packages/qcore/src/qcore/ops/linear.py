@@ -29,6 +29,11 @@ def _unpacked(parts: Mapping[str, Tensor], job: Job) -> QTensor:
     return job.unpack(parts)
 
 
+def _sealed(job: Job) -> str | None:
+    """These kernels run every packing, through its own way back; without that they know none."""
+    return None if job.unpack is not None else f"the job does not say how packing {job.packing!r} is unpacked"
+
+
 class ReferenceLinear(Kernel):
     """Give every code its value, then multiply: the meaning of the op.  The weight is rounded to x's dtype, as by a consumer that decompresses."""
 
@@ -37,7 +42,7 @@ class ReferenceLinear(Kernel):
     rank: ClassVar[int] = 1000
 
     def refuses(self, job: Job) -> str | None:
-        return None
+        return _sealed(job)
 
     def __call__(self, x: Tensor, parts: Mapping[str, Tensor], job: Job) -> Tensor:
         q = _unpacked(parts, job)
@@ -75,7 +80,7 @@ class TorchInt8DynamicLinear(Kernel):
             return f"needs dynamic symmetric 8-bit inputs per token, got {a or 'float inputs'}"
         if job.shape[1] >= 1 << 17:
             return f"an int32 sum holds fewer than {1 << 17} products, got K={job.shape[1]}"
-        return None
+        return _sealed(job)
 
     def prepare(self, parts: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
         q = _unpacked(parts, job)
@@ -119,7 +124,7 @@ class TorchInt4Linear(Kernel):
             return f"holds scales in bfloat16, which would move scales of {w.scale}"
         if job.shape[0] % 16:
             return f"needs N divisible by 16, got {job.shape[0]}"
-        return None
+        return _sealed(job)
 
     def prepare(self, parts: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
         q = _unpacked(parts, job)

@@ -4,33 +4,46 @@
 |---|---|---|
 | codes | one per value (or per vector) | format.bits each, least significant bit first along the row, rows start on a byte; uint8 |
 | scale | one per block | the spec's scale dtype |
-| scale.codes, scale.scale … | where scales have a spec of their own | the same rules, recursively |
+| scale__codes, scale__scale … | where scales have a spec of their own | the same rules, recursively |
 | offset | one per block | integer zero points as codes; float offsets in the scale's dtype |
 | codebook … | the format's fitted parts | as they are |
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from qkernels.int_pack import pack, sign_extend, unpack
 from torch import Tensor
 
 from qcore.errors import SpecError
-from qcore.numbers import Int, NumberFormat, Offset, QTensor, QuantSpec
+from qcore.numbers import Codebook, Float, Int, NumberFormat, Offset, PowerOfTwo, QTensor, QuantSpec
 from qcore.numbers.granularity import Shape, grid
 from qcore.numbers.spec import SCALE_DTYPES
 from qcore.packing.base import Packing, to_stored_scale
 
+NESTED = "scale__"  # parts of a scale that has a spec; buffers of a module may not have dots in their names
+
 
 def code_dtype(fmt: NumberFormat) -> torch.dtype:
-    """The dtype of a format's codes in memory: its own `code_dtype`, else int8 for signed integers, uint8 up to 8 bits, int16 up to 15."""
+    """The dtype of a format's codes in memory: what it declares as `code_dtype`, else what it gives for a few numbers."""
     own = getattr(fmt, "code_dtype", None)
     if own is not None:
         return own
-    if isinstance(fmt, Int):
-        return torch.int8 if fmt.signed else torch.uint8
-    return torch.uint8 if fmt.bits <= 8 else torch.int16
+    if isinstance(fmt, Int | Float | PowerOfTwo | Codebook):  # known without fitting anything
+        if isinstance(fmt, Int) and fmt.signed:
+            return torch.int8
+        return torch.uint8 if fmt.bits <= 8 else torch.int16
+    return _probed(fmt)  # type: ignore[arg-type]  # formats are frozen dataclasses
+
+
+@lru_cache(maxsize=256)
+def _probed(fmt: Any) -> torch.dtype:
+    """Of the codes that a format of a plug-in gives for numbers between -1 and 1."""
+    x = torch.linspace(-1, 1, 64 * fmt.dim).reshape((1, 64, fmt.dim) if fmt.dim > 1 else (1, 64))
+    params = {name: part[0] for name, part in fmt.fit(x).items()}
+    return fmt.encode(x[0], params).dtype
 
 
 def _pack_codes(codes: Tensor, fmt: NumberFormat) -> Tensor:
@@ -74,7 +87,7 @@ class Bits(Packing):
     def pack(self, q: QTensor) -> dict[str, Tensor]:
         spec, parts = q.spec, {"codes": _pack_codes(q.codes, q.spec.format)}
         if spec.scaled and isinstance(spec.scale, QuantSpec):
-            parts |= {f"scale.{name}": part for name, part in self.pack(q._scale_tensor()).items()}
+            parts |= {NESTED + name: part for name, part in self.pack(q._scale_tensor()).items()}
         elif spec.scaled:
             parts["scale"] = to_stored_scale(q.parts["scale"], spec)
         if spec.offset is Offset.CODE:
@@ -89,7 +102,7 @@ class Bits(Packing):
         if spec.scaled:
             blocks = grid(shape, spec.granularity.block(shape))
             if isinstance(spec.scale, QuantSpec):
-                own = {k.removeprefix("scale."): t for k, t in parts.items() if k.startswith("scale.")}
+                own = {k.removeprefix(NESTED): t for k, t in parts.items() if k.startswith(NESTED)}
                 found |= {f"scale.{name}": part for name, part in self.unpack(own, spec.scale, blocks).parts.items()}
             else:
                 found["scale"] = parts["scale"].to(SCALE_DTYPES[spec.scale]).float()
@@ -106,11 +119,11 @@ class Bits(Packing):
         by_row = block[0] == 1
         found = {"codes": parts["codes"][index]}
         if spec.scaled and isinstance(spec.scale, QuantSpec):
-            own = {k.removeprefix("scale."): t for k, t in parts.items() if k.startswith("scale.")}
+            own = {k.removeprefix(NESTED): t for k, t in parts.items() if k.startswith(NESTED)}
             inner = self.rows(own, index, spec.scale, grid(shape, block)) if by_row else own
             if inner is None:
                 return None
-            found |= {f"scale.{name}": part for name, part in inner.items()}
+            found |= {NESTED + name: part for name, part in inner.items()}
         elif spec.scaled:
             found["scale"] = parts["scale"][index] if by_row else parts["scale"]
         if spec.offset is not Offset.NONE:

@@ -43,11 +43,11 @@ class GPTQ(ScaleSearch):
     Differs: inputs that were never seen (H_jj = 0) are rounded to nearest; the paper's script sets their weights to zero, which destroys them for
     any other data.  No permutation is stored for `act_order`: scales are fixed beforehand, group by group of the original order.
 
-    damp:          added to the Gram's diagonal, as a fraction of its mean; ten times as much after each factorization that fails, with a warning
-    act_order:     round columns in the order of falling diagonal, so that those which matter most find the least error to absorb; scales become static
-    static_groups: choose all scales from the original weights; otherwise each group's from the weights as updated when its turn comes (the paper)
+    damp:          added to the Gram's diagonal, as a fraction of its mean; ten times as much whenever that has no Cholesky factor, with a warning
+    act_order:     round columns in the order of falling diagonal: those that matter most find the least error to absorb; scales become static
+    static_groups: choose all scales from the original weights; otherwise each group's from the weights as updated when its turn comes, as the paper
     weighted:      weigh each column's error by D_k when a scale is searched
-    sweeps:        passes of coordinate descent afterwards: every scale by least squares, then every code, given all others; each change lowers the loss
+    sweeps:        passes of coordinate descent afterwards: every scale by least squares, then every code, given all others; no change raises the loss
     """
 
     name: ClassVar[str] = "gptq"
@@ -112,6 +112,8 @@ class _Run:
     codes: [K / d, N]
     """
 
+    codes: Tensor
+
     def __init__(self, options: GPTQ, w: Tensor, gram: Tensor, lattice: Lattice, frozen: Tensor | None) -> None:
         self.options, self.lattice = options, lattice
         self.d = lattice.spec.format.dim
@@ -121,7 +123,6 @@ class _Run:
         self.w = w.T.contiguous()
         self.held = None if frozen is None else frozen.T.contiguous()
         self.gram, self.R, self.D = self._factor(gram)
-        self.codes = torch.empty(self.K // self.d, self.N, dtype=torch.uint8)
 
     # the Gram ----------------------------------------------------------------------------------------------------------------------------
     def _order(self, gram: Tensor) -> Tensor | None:
@@ -172,7 +173,6 @@ class _Run:
             choose_all(self._free(slice(None), self.w), lattice, self.options, self.heavy)
         else:
             lattice.start(self._free(slice(None), self.w), self.heavy)
-        self.codes = self.codes.to(lattice.code_dtype())
         self.place = list(range(self.K)) if order is None else order.tolist()  # where a column in processing order lies in the weight
         self.error = self.w.clone() if order is None else self.w[order]
         self.u = self.error.clone()
@@ -184,7 +184,7 @@ class _Run:
     def _importance(self) -> Tensor | None:
         """What an error of each entry costs when scales are chosen: D_k, and nothing where the entry is frozen.  [K, 1] or [K, N]"""
         heavy = None
-        if self.options.weighted:
+        if self.options.weighted and (self.D[:, :1] != self.D).any():
             D = self.D / self.D.mean(1, keepdim=True)
             D = D if self.order is None else D[:, self.order.argsort()]
             heavy = per_row(D[0] if self.P == 1 else D, self.N)
@@ -193,7 +193,7 @@ class _Run:
         free = self.held.isnan().to(self.w.dtype)
         return free if heavy is None else heavy * free
 
-    def _free(self, columns: slice, x: Tensor) -> Tensor:
+    def _free(self, columns: int | slice, x: Tensor) -> Tensor:
         """x with zeros for the frozen entries of these columns (of the weight's own order)."""
         return x if self.held is None else torch.where(self.held[columns].isnan(), x, 0.0)
 
@@ -203,8 +203,11 @@ class _Run:
         if width <= _LEAF:
             for k in range(a, b, self.d):
                 if not self.static and k % bc == 0:
-                    group = slice(k, k + bc)
-                    self.lattice.choose(k // bc, self._free(group, self.u[group]), self.options, None if self.heavy is None else self.heavy[group])
+                    group = slice(k, min(k + bc, self.K))
+                    heavy = None if self.heavy is None else self.heavy[group]
+                    self.lattice.choose(k // bc, self._free(group, self._absorbed(group)), self.options, heavy)
+                if k == 0:  # by now the format is fitted, and knows what its codes are
+                    self.codes = torch.empty(self.K // self.d, self.N, dtype=self.lattice.code_dtype())
                 (self._round_column if self.d == 1 else self._round_vector)(k, b)
             return
         # a group of columns is complete when its turn comes only if no split cuts it before
@@ -213,6 +216,17 @@ class _Run:
         self._solve(a, m)
         self._add_product(self.u[m:b], self.R[:, a:m, m:b].transpose(1, 2), self.error[a:m])
         self._solve(m, b)
+
+    def _absorbed(self, columns: slice) -> Tensor:
+        """What these columns would best be if they were not rounded: the paper's updated weights.  [m, N]
+
+        `u` has the errors of the columns before them alone.  With those among themselves, (x - w)·R = u - w, R being the columns' own.
+        """
+        if columns.start == 0:
+            return self.u[columns]
+        w = self.error[columns]
+        moved = self._parts(self.u[columns] - w).transpose(0, 1)
+        return w + self._flat(torch.linalg.solve_triangular(self.R[:, columns, columns].mT, moved, upper=False, unitriangular=True))
 
     def _round_column(self, k: int, end: int) -> None:
         """Round column k, and let the columns up to `end` absorb its error."""
@@ -229,9 +243,7 @@ class _Run:
         at, d = self.place[k], self.d
         cols, home = slice(k, k + d), slice(at, at + d)
         R = self.R[:, cols, cols]
-        # (u - ŵ, with the errors inside the vector) = (x - ŵ)·R for x = w + (u - w)·R⁻¹
-        moved = self._parts(self.u[cols] - self.error[cols]).transpose(0, 1)
-        x = self.error[cols] + self._flat(torch.linalg.solve_triangular(R.mT, moved, upper=False, unitriangular=True))
+        x = self._absorbed(cols)  # (u - ŵ, with the errors among the d columns) = (x - ŵ)·R
         D = self.D[:, cols]
         metric = R * (D / D.mean(1, keepdim=True)).sqrt().unsqueeze(1)
         value = self._choose_vector(home, x, metric)
@@ -283,7 +295,7 @@ class _Run:
         codes = self.codes[group.start // self.d : group.stop // self.d]
         q = self._free(group, lattice.units(codes, g).to(slope.dtype))
         lattice.scale[g] += self._step(g, q, H, group, slope, lattice.scale[g], lattice.refit_scale)
-        if lattice.spec.offset is Offset.VALUE:
+        if lattice.offset is not None and lattice.spec.offset is Offset.VALUE:
             ones = self._free(group, torch.ones_like(q))
             lattice.offset[g] += self._step(g, ones, H, group, slope, lattice.offset[g], lattice.refit_offset)
 
@@ -351,6 +363,9 @@ def _nearest_vectors(x: Tensor, table: Tensor) -> Tensor:
     step = max((1 << 22) // (table.shape[2] * P), 1)
     for a in range(0, n, step):
         own = table if table.shape[1] == 1 else table[:, a : a + step]
-        distance = sum((x[:, i, a : a + step].unsqueeze(-1) - own[..., i]).square() for i in range(d))  # not expanded: exact ties stay ties
+        # the squares are not expanded, so that exact ties stay ties
+        distance = (x[:, 0, a : a + step].unsqueeze(-1) - own[..., 0]).square_()
+        for i in range(1, d):
+            distance += (x[:, i, a : a + step].unsqueeze(-1) - own[..., i]).square_()
         codes[:, a : a + step] = torch.nan_to_num(distance, nan=torch.inf).argmin(-1)
     return codes

@@ -38,7 +38,7 @@ class ScaleSearch:
     clip: Literal["none", "mse"] = "mse"
     norm: float = 2.0
     shrink: float = 0.4
-    steps: int = 25
+    steps: int = 12
     signed_scale: bool = True
 
     def __post_init__(self) -> None:
@@ -124,12 +124,13 @@ class Lattice:
         low, high = self._range(x)
         if spec.scaled:
             if isinstance(fmt, Int) and fmt.signed and fmt.bits == 1 and spec.offset is Offset.NONE and search.clip == "mse":
-                self.scale[g], offset = self._round(g, self._mean_magnitude(x, weight)), None
+                scale, offset = self._round(g, self._mean_magnitude(x, weight)), None
             elif fmt.per_block:
-                self.scale[g], offset = self._cover(g, low, high, 1)
+                scale, offset = self._cover(g, low, high, 1)
             else:
-                self.scale[g], offset = self._search(g, x, low, high, search, weight)
-            if self.offset is not None:
+                scale, offset = self._search(g, x, low, high, search, weight)
+            self.scale[g] = scale
+            if self.offset is not None and offset is not None:
                 self.offset[g] = offset
         if fmt.per_block:
             z = self._normal(x, self.scale[g], None if self.offset is None else self.offset[g])
@@ -149,7 +150,7 @@ class Lattice:
         for sign, f in tried:
             scale, offset = self._cover(g, low * f, high * f, sign)
             best, best_scale, best_offset = self._better(g, x, scale, offset, search.norm, weight, best, best_scale, best_offset)
-        if self.offset is None and search.norm == 2:
+        if self.offset is None:
             scale = self._least_squares(g, x, best_scale, weight)
             best, best_scale, best_offset = self._better(g, x, scale, None, search.norm, weight, best, best_scale, best_offset)
         return best_scale, best_offset
@@ -276,10 +277,10 @@ class Lattice:
         return fmt.decode(codes.expand(self.shape[0], -1), params)
 
     def code_dtype(self) -> torch.dtype:
+        """Of the format's codes; ask when it is fitted."""
         fmt = self.spec.format
-        x = torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim)
-        params = {k: v[0, :1] for k, v in self.params.items()} if fmt.per_block else self.params
-        return fmt.encode(x, params).dtype if params or not fmt.parts else torch.uint8 if fmt.bits <= 8 else torch.int16
+        params = {name: p[0, :1] for name, p in self.params.items()} if fmt.per_block else self.params
+        return fmt.encode(torch.zeros(1) if fmt.dim == 1 else torch.zeros(1, fmt.dim), params).dtype
 
     def normal(self, x: Tensor, g: int) -> Tensor:
         """x in units of the format.  [..., N] → [..., N]"""
@@ -307,7 +308,7 @@ class Lattice:
 
     def parts(self) -> dict[str, Tensor]:
         """Scales, offsets and fitted parts as the spec stores them."""
-        spec, parts = self.spec, {}
+        spec, parts = self.spec, dict[str, Tensor]()
         if spec.scaled:
             scale = self.scale.T.contiguous()
             if isinstance(spec.scale, QuantSpec):

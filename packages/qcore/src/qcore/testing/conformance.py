@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -393,10 +394,10 @@ def check_kernel(
     """
     name = f"kernel {kernel.name!r}"
     q = quantize(_rand(*shape) / shape[1] ** 0.5, spec)
-    job = Job("linear", packing.name, spec, shape, activation, torch.device(device), dtype)
+    job = Job("linear", packing.name, spec, shape, activation, torch.device(device), dtype, partial(packing.unpack, spec=spec, shape=shape))
     reason = kernel.refuses(job)
     assert reason is None, f"{name} refuses {spec} {shape} on {device}: {reason}; check it with a job that it accepts"
-    other = kernel.refuses(replace(job, packing="no such packing"))
+    other = kernel.refuses(replace(job, packing="no such packing", unpack=None))
     assert other is not None, f"{name} accepts a packing that it has never heard of; compare job.packing in refuses()"
     parts = kernel.prepare({n: t.to(device) for n, t in packing.pack(q).items()}, job)
     w = q.dequantize()
