@@ -99,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(args=args, prog_name="qcore")
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except QcoreError as e:  # plug-ins that clash, before any command runs
+        if os.environ.get("QCORE_DEBUG"):
+            raise
+        _say(f"error: {e}")
+        return 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

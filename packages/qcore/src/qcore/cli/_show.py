@@ -74,12 +74,15 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
     table(headers, rows, title=f"{plan.model}, recipe {plan.recipe}", stderr=stderr)
     out = sys.stderr if stderr else sys.stdout
     if plan.left_float:
-        kinds = plan.left_float.items() if verbose else [(f"{n} × {kind}", why) for (kind, why), n in plan.left_float_kinds().items()]
-        print("left float: " + "; ".join(f"{what} ({why})" for what, why in kinds), file=out)
+        by_reason: dict[str, list[str]] = {}
+        for what, why in plan.left_float.items() if verbose else ((f"{n} × {kind}", why) for (kind, why), n in plan.left_float_kinds().items()):
+            by_reason.setdefault(why, []).append(what)
+        for why, names in by_reason.items():
+            print(f"left float: {', '.join(names)} ({why})", file=out)
     for use in plan.transforms:
         links = f"{len(use.links)} links" if use.links else "links are chosen when it is fitted"
-        names = f": {', '.join(use.links if verbose else use.links[:4])}{'' if verbose or len(use.links) <= 4 else ' …'}" if use.links else ""
-        print(f"transform: {use.transform}, {links}{names}", file=out)
+        listed = f": {', '.join(use.links if verbose else use.links[:4])}{'' if verbose or len(use.links) <= 4 else ' …'}" if use.links else ""
+        print(f"transform: {use.transform}, {links}{listed}", file=out)
     bits = f", {plan.effective_bits:.2f} bits per quantized weight" if plan.effective_bits else ""
     print(f"size: {megabytes(plan.bytes_before)} → {megabytes(plan.bytes_after)}{bits}", file=out)
     computing = f"about {max(plan.seconds, 1):.0f} s of computing at 50 GFLOP/s"

@@ -28,9 +28,9 @@ from qcore.cli._options import (
     SetOption,
     TokensOption,
     WindowOption,
-    context_length,
     open_model,
     registry,
+    window_length,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def run_quantize(
     job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
 ) -> "Report":
     """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
-    from qcore.evaluation import LanguageModeling, default_window, evaluation_windows
+    from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.modules import serve_in
     from qcore.pipeline import compute_dtype
     from qcore.plan import make_plan
@@ -148,12 +148,11 @@ def run_quantize(
     loaded, tokenizer = job.loaded, job.loaded.tokenizer
     plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=job.text.calibration is not None)
     plan.require()
-    parameters = sum(p.numel() for p in loaded.model.parameters())
     with job.timed("data"):
         batches = job.text.calibration.batches(tokenizer, job.recipe.calibration) if plan.needs_data and job.text.calibration else []
         task = None
         if job.text.evaluation is not None:
-            length = job.window or default_window(parameters, context_length(loaded.model))
+            length = window_length(job.window, loaded.model)
             task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
     show(plan)
     with target(out) as folder:
