@@ -27,7 +27,7 @@ slow:  ## the tests that take longer
 	uv run pytest -q -m slow
 
 bench:  ## time the kernels on this machine
-	uv run python kernels/bench
+	uv run python tools/bench/kernels.py
 
 docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
 	uv run python tools/check_docs.py

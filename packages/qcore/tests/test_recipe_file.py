@@ -250,3 +250,27 @@ def test_an_unknown_recipe_offers_near_names(registry: Any) -> None:
 def test_a_broken_file_is_named_with_its_place(registry: Any, text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_recipe(text, registry)
+
+
+# the real registry ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_recipe_fits_the_classes_that_are_registered(path: Path) -> None:
+    from qcore.plugins import load_registry
+
+    real = load_registry()
+    recipe = load_recipe(path.stem, real)
+    assert real.recipes.origin[path.stem] == "qcore" and parse_recipe(dump(recipe), real, name=recipe.name) == recipe
+
+
+def test_every_registered_solver_and_transform_can_stand_in_a_recipe() -> None:
+    from qcore.plugins import load_registry
+    from qcore.transforms import IfBeneficial, SmoothQuant, SplitColumns
+
+    real = load_registry()
+    needs = {"if-beneficial": IfBeneficial(SmoothQuant(0.25)), "split-columns": SplitColumns(sites=("*:weight",))}
+    for transform in [needs.get(name) or cls() for name, cls in real.transforms.items()]:
+        for solver in [cls() for cls in real.solvers.values()]:
+            recipe = Recipe(name="r", rules=(Rule("*:weight", int_weight(4, 64)),), solver=solver, transforms=(transform,))
+            assert parse_recipe(dump(recipe), real, name="r") == recipe

@@ -206,6 +206,11 @@ class _Planner:
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
                 "or take a recipe that needs none, such as w4a16-rtn"
             )
+        length, context = self.recipe.calibration.length, context_length(self.model)
+        if needs_data and context is not None and length > context:
+            self.problems.append(
+                f"calibration.length={length} is longer than what {self.loaded.name} can see, {context} tokens; --set calibration.length={context}"
+            )
         if not decisions and not self.problems:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         self._flush_alike()
@@ -388,6 +393,11 @@ class _Planner:
 
     def _flush_alike(self) -> None:
         self.problems[:0] = [f"{_names(sites)}: {what}" for what, sites in self.alike.items()]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model can see, where its config says so."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def matrix_shape(module: nn.Module, site: Site) -> Shape:

@@ -47,6 +47,7 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     assert report["size"]["after_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     assert report["data"]["calibration"]["tokens"] == 512 and len(report["data"]["evaluation"]["sha256"]) == 64
     assert report["memory"]["peak_bytes"] > report["memory"]["anonymous_bytes"] > 0
+    assert {"reference", "quantize", "evaluate"} <= set(report["memory"]["anonymous_by_phase"])
     assert report["proof"]["level"] == "identical" and report["sites"][0]["site"] == "mix:weight"
 
 
@@ -123,6 +124,16 @@ def test_text_that_cannot_calibrate_is_named(run, pretend, tmp_path: Path, conte
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     done = run("quantize", "toy:", "-r", "w4a16-gptq", "-o", "out", "--calib", path, *SMALL)
     assert done.code == 2 and message in done.err and not (tmp_path / "out").exists() and pretend.called == []
+
+
+def test_windows_longer_than_the_models_context_are_refused(run, pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcore.plan.context_length", lambda model: 32)
+    calibration = run("quantize", "toy:", "-r", "w4a16-gptq", "-o", "out", *SMALL)
+    assert (
+        calibration.code == 2 and "calibration.length=64 is longer than what toy can see, 32 tokens; --set calibration.length=32" in calibration.err
+    )
+    window = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", "--window", "64")
+    assert window.code == 2 and "--window 64 is longer than what the model can see, 32 tokens; pass --window 32" in window.err
 
 
 def test_calibrating_and_evaluating_on_one_text_is_refused(run, pretend, texts: Path) -> None:

@@ -110,6 +110,9 @@ class TransformersFolder(ModelSource):
             del config.quantization_config
         return skeleton_of(config, str(data.get("model_type")))
 
+    def tokenizer(self, folder: Path) -> Any:
+        return read_tokenizer(folder)
+
 
 class GGUF(ModelSource):
     """One .gguf file: weights are dequantized tensor by tensor, names and configuration are translated by transformers' own tables."""

@@ -90,6 +90,8 @@ _OWN = {"quantize", "plan", "eval", "compare", "explain", "recipes", "plugins", 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # the bars of libraries would run through our own progress
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app = build()
         if not args or args[0] not in _OWN:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs
@@ -97,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(args=args, prog_name="qcore")
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except QcoreError as e:  # plug-ins that clash, before any command runs
+        if os.environ.get("QCORE_DEBUG"):
+            raise
+        _say(f"error: {e}")
+        return 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

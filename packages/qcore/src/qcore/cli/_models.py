@@ -52,10 +52,12 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None) -> Open
     from qcore.checkpoint import MANIFEST, Manifest, load
     from qcore.errors import CheckpointError
     from qcore.evaluation import Candidate, read_report
+    from qcore.modules import serve_in
 
     manifest = Manifest.read(folder)
     # computed as float models are: what is compared is the quantization, not another rounding of sums
-    model = load(folder, registry=own).to(torch.float64 if manifest.dtype == "float64" else torch.float32)
+    model = load(folder, registry=own)
+    serve_in(model, torch.float64 if manifest.dtype == "float64" else torch.float32)
     name = adapter or manifest.adapter
     if not name:
         raise CheckpointError(f"{folder / MANIFEST} names no adapter; pass one with --adapter: {', '.join(sorted(own.adapters))}")

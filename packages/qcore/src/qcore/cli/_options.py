@@ -38,6 +38,13 @@ def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedM
     return loaded, adapter_for(loaded.model, own.adapters, adapter)
 
 
-def context_length(model: Any) -> int | None:
-    """How many tokens the model can see, where its config says so."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def window_length(window: int | None, model: Any) -> int:
+    """Tokens of one evaluation window; SpecError when the model cannot see that many."""
+    from qcore.errors import SpecError
+    from qcore.evaluation import default_window
+    from qcore.plan import context_length
+
+    context = context_length(model)
+    if window is not None and context is not None and window > context:
+        raise SpecError(f"--window {window} is longer than what the model can see, {context} tokens; pass --window {context} or less")
+    return window or default_window(sum(p.numel() for p in model.parameters()), context)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from qcore.evaluation.report import finite
+
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def remark(text: str) -> None:
@@ -20,9 +22,15 @@ def remark(text: str) -> None:
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = (), stderr: bool = False
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    right: Sequence[int] = (),
+    stderr: bool = False,
+    width: int = 160,
 ) -> None:
-    """Print a table.  right: columns that are aligned to the right"""
+    """Print a table.  right: columns that are aligned to the right;  width: where there is no terminal"""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -35,7 +43,7 @@ def table(
     console = Console(stderr=stderr)
     if not console.is_terminal:
         # a file or a pipe has no width; 80 columns would fold the very names one greps for
-        console = Console(stderr=stderr, width=160)
+        console = Console(stderr=stderr, width=width)
     console.print(made)
 
 
@@ -66,12 +74,15 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
     table(headers, rows, title=f"{plan.model}, recipe {plan.recipe}", stderr=stderr)
     out = sys.stderr if stderr else sys.stdout
     if plan.left_float:
-        kinds = plan.left_float.items() if verbose else [(f"{n} × {kind}", why) for (kind, why), n in plan.left_float_kinds().items()]
-        print("left float: " + "; ".join(f"{what} ({why})" for what, why in kinds), file=out)
+        by_reason: dict[str, list[str]] = {}
+        for what, why in plan.left_float.items() if verbose else ((f"{n} × {kind}", why) for (kind, why), n in plan.left_float_kinds().items()):
+            by_reason.setdefault(why, []).append(what)
+        for why, names in by_reason.items():
+            print(f"left float: {', '.join(names)} ({why})", file=out)
     for use in plan.transforms:
         links = f"{len(use.links)} links" if use.links else "links are chosen when it is fitted"
-        names = f": {', '.join(use.links if verbose else use.links[:4])}{'' if verbose or len(use.links) <= 4 else ' …'}" if use.links else ""
-        print(f"transform: {use.transform}, {links}{names}", file=out)
+        listed = f": {', '.join(use.links if verbose else use.links[:4])}{'' if verbose or len(use.links) <= 4 else ' …'}" if use.links else ""
+        print(f"transform: {use.transform}, {links}{listed}", file=out)
     bits = f", {plan.effective_bits:.2f} bits per quantized weight" if plan.effective_bits else ""
     print(f"size: {megabytes(plan.bytes_before)} → {megabytes(plan.bytes_after)}{bits}", file=out)
     computing = f"about {max(plan.seconds, 1):.0f} s of computing at 50 GFLOP/s"
@@ -81,7 +92,7 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
 
 
 def show_report(report: "Report") -> None:
-    table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"])
+    table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"], width=110)
     if report.data.get("note"):
         print(report.data["note"])
     for note in report.model.get("notes", ()):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcore.cli._options import AdapterOption, EvalOption, JsonOption, TokensOption, WindowOption, context_length, registry
+from qcore.cli._options import AdapterOption, EvalOption, JsonOption, TokensOption, WindowOption, registry, window_length
 
 if TYPE_CHECKING:
     from qcore.evaluation.compare import Row
@@ -49,7 +49,7 @@ def run_compare(uris: Sequence[str], own: "Registry", text: Path | None, eval_to
     from qcore.cli._models import open_any
     from qcore.cli._progress import progress
     from qcore.errors import CalibrationError
-    from qcore.evaluation import LanguageModeling, default_window, evaluation_windows
+    from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.evaluation import compare as compare_models
 
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter)}
@@ -57,7 +57,7 @@ def run_compare(uris: Sequence[str], own: "Registry", text: Path | None, eval_to
     path = text or first.evaluation
     if path is None:
         raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
-    length = window or default_window(sum(p.numel() for p in first.model.parameters()), context_length(first.model))
+    length = window_length(window, first.model)
     task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
     del first
 

@@ -52,9 +52,11 @@ def described(own: Any, kinds: tuple[str, ...] = KINDS) -> list[dict[str, Any]]:
 
 
 def _option(field: Any) -> str:
-    if field.default is not MISSING:
-        return f"{field.name}={field.default!r}"
-    return field.name if field.default_factory is MISSING else f"{field.name}={field.default_factory()!r}"
+    if field.default is MISSING and field.default_factory is MISSING:
+        return field.name
+    default = field.default if field.default is not MISSING else field.default_factory()
+    # a spec's repr is a constructor call of five lines; its str is what tables show
+    return f"{field.name}={default}" if hasattr(default, "bits_per_value") else f"{field.name}={default!r}"
 
 
 def _first_sentence(cls: type) -> str:

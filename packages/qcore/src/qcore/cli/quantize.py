@@ -28,9 +28,9 @@ from qcore.cli._options import (
     SetOption,
     TokensOption,
     WindowOption,
-    context_length,
     open_model,
     registry,
+    window_length,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +96,16 @@ class Steps:
     def real(cls) -> "Steps":
         from qcore import checkpoint, pipeline
 
-        return cls(pipeline.float_forward, pipeline.quantize_model, checkpoint.save, checkpoint.prove, checkpoint.load)
+        return cls(pipeline.float_forward, pipeline.quantize_model, _serve_and_save, checkpoint.prove, checkpoint.load)
+
+
+def _serve_and_save(model: Any, folder: Path, *, dtype: Any, **options: Any) -> None:
+    """Give the model in place the dtype in which it is served, and write it."""
+    from qcore.checkpoint import save
+    from qcore.modules import serve_in
+
+    serve_in(model, dtype)
+    save(model, folder, **options)
 
 
 @dataclass
@@ -118,6 +127,8 @@ class Job:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
+        if self.meter is not None:
+            self.meter.phase = phase
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
         if self.meter is not None:
@@ -128,7 +139,8 @@ def run_quantize(
     job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
 ) -> "Report":
     """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
-    from qcore.evaluation import LanguageModeling, default_window, evaluation_windows
+    from qcore.evaluation import LanguageModeling, evaluation_windows
+    from qcore.modules import serve_in
     from qcore.pipeline import compute_dtype
     from qcore.plan import make_plan
 
@@ -136,12 +148,11 @@ def run_quantize(
     loaded, tokenizer = job.loaded, job.loaded.tokenizer
     plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=job.text.calibration is not None)
     plan.require()
-    parameters = sum(p.numel() for p in loaded.model.parameters())
     with job.timed("data"):
         batches = job.text.calibration.batches(tokenizer, job.recipe.calibration) if plan.needs_data and job.text.calibration else []
         task = None
         if job.text.evaluation is not None:
-            length = job.window or default_window(parameters, context_length(loaded.model))
+            length = window_length(job.window, loaded.model)
             task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
     show(plan)
     with target(out) as folder:
@@ -150,6 +161,7 @@ def run_quantize(
             if task is not None:
                 with job.timed("reference"):
                     forward = steps.float_forward(loaded, job.adapter)
+                    check_finite(loaded.model)
                     reference = task.reference(forward, Path(kept), progress)
                     del forward
                     free(loaded.model)
@@ -179,7 +191,7 @@ def run_quantize(
             if task is not None and reference is not None:
                 # in the dtype of the reference: what is measured is the quantization, not another rounding of sums
                 computed = compute_dtype(loaded.dtype)
-                reloaded.to(computed)
+                serve_in(reloaded, computed)
                 with job.timed("evaluate"):
                     scores = task.evaluate(lambda batch: job.adapter.outputs(reloaded, batch), reference, progress)
                 computed_in = str(computed).removeprefix("torch.")
@@ -187,6 +199,16 @@ def run_quantize(
         report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder)
         report.write(folder / "report.json")
     return report
+
+
+def check_finite(model: Any) -> None:
+    """SpecError that names the first weight with a NaN or an infinity; it would spoil every output, and the reference with it."""
+    from qcore.errors import at
+    from qcore.numbers.tensor import require_finite
+
+    for name, parameter in model.named_parameters():
+        with at(name):
+            require_finite(parameter)
 
 
 def free(model: Any) -> None:

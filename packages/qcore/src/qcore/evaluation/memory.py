@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 
@@ -15,10 +16,13 @@ class MemoryMeter:
     memory (RssAnon) is what had to be there.  None where the system has no such figures.
 
     before: resident memory when the meter was made: Python and its libraries
+    phase:  what is going on; `by_phase` keeps the largest anonymous memory of each
     """
 
     before: int | None = None
     anonymous: int | None = None
+    phase: str = "load"
+    by_phase: dict[str, int] = field(default_factory=dict)
     _file: Path = field(default=_STATUS, repr=False)
 
     def __post_init__(self) -> None:
@@ -30,6 +34,7 @@ class MemoryMeter:
         now = self._read("RssAnon")
         if now is not None:
             self.anonymous = max(self.anonymous or 0, now)
+            self.by_phase[self.phase] = max(self.by_phase.get(self.phase, 0), now)
 
     @property
     def peak(self) -> int | None:
@@ -43,7 +48,7 @@ class MemoryMeter:
                     return int(line.split()[1]) * 1024
         return None
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """What a report says."""
         self.sample()
-        return {"peak_bytes": self.peak, "anonymous_bytes": self.anonymous, "before_loading_bytes": self.before}
+        return {"peak_bytes": self.peak, "anonymous_bytes": self.anonymous, "before_loading_bytes": self.before, "anonymous_by_phase": self.by_phase}

@@ -74,10 +74,10 @@ class Report:
         return {name: names.count(name) for name in sorted(set(names))}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; infinite and undefined numbers become null, which JSON has no names for."""
+        """JSON-ready, keys in one order."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own["sites"] = [asdict(row) for row in self.sites]
-        return {"schema": SCHEMA, "kernels": self.kernels, **_finite(own)}
+        return {"schema": SCHEMA, "kernels": self.kernels, **finite(own)}
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -93,10 +93,13 @@ class Report:
         if quality is not None:
             lines += _quality_lines(quality["scores"])
         seconds = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if value >= 0.05)
-        lines.append(("seconds", "", f"{sum(self.seconds.values()):.1f} ({seconds})" if seconds else f"{sum(self.seconds.values()):.1f}"))
+        lines.append(("seconds", "", f"{sum(self.seconds.values()):.1f}" + (f" ({seconds})" if seconds else "")))
         if (peak := self.memory.get("peak_bytes")) is not None:
             anonymous = self.memory.get("anonymous_bytes")
             lines.append(("peak memory", "", megabytes(peak) + (f" ({megabytes(anonymous)} anonymous)" if anonymous else "")))
+        words = {"identical": "identical to", "close": "within rounding of"}
+        if "loader" in self.proof:
+            lines.append(("proof", "", f"{self.proof['loader']}: outputs {words[self.proof['level']]} the saved model's"))
         if self.kernels:
             lines.append(("kernels", "", ", ".join(f"{name} ×{n}" for name, n in self.kernels.items())))
         return lines
@@ -110,7 +113,7 @@ def _quality_lines(scores: Mapping[str, float]) -> list[tuple[str, str, str]]:
     if "accuracy" in scores:
         lines.append(("accuracy", f"{scores['accuracy_reference']:.2%}", f"{scores['accuracy']:.2%}"))
     error = scores.get("kl_standard_error", math.nan)
-    lines.append(("KL divergence, nats a row", "0", f"{scores['kl']:.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")))
+    lines.append(("KL divergence", "0", f"{scores['kl']:.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")))
     lines.append(("top-1 agreement", "100 %", f"{scores['top1'] * 100:.2f} %"))
     if "sqnr_db" in scores:
         lines.append(("signal to noise", "", f"{scores['sqnr_db']:.1f} dB"))
@@ -138,11 +141,12 @@ def megabytes(n: float) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB" if n >= 1e4 else f"{n:.0f} B"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON-ready: infinite and undefined numbers become None, since JSON has no names for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
