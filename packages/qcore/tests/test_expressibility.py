@@ -26,6 +26,7 @@ from qcore.solvers import GPTQ, RTN
 from qcore.transforms.apply import apply_rewrite
 from qcore.transforms.base import Transform
 from qcore.transforms.rewrite import Insert, ModuleConfig, Put, Rewrite, Shift, rotate_link, scale_link
+from qcore.transforms.rotate import HadamardRotate
 from qcore.transforms.split import Part, split_leaf
 from torch import Tensor, nn
 
@@ -493,18 +494,26 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(registry, tmp_path):
+@pytest.mark.parametrize(
+    "transforms",
+    [(), (KVPolicy(),), (HadamardRotate(residual=False, inner=False, online=("*.down:weight",)),)],
+    ids=["plain", "taps", "online rotation"],
+)
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(registry, tmp_path, transforms):
+    registry.modules.add("test-fake-kv", FakeKV, "a-plug-in")
+
     def run(folder: Path, die_at: int | None = None) -> dict[str, Tensor]:
         def progress(phase: str, done: int, total: int) -> None:
             if phase == "block" and done == die_at:
                 raise Killed
 
         journal = Journal(folder, {"seed": 0})
-        q = quantize_model(
-            load_in_memory(decoder()), recipe(), ids(), registry=registry, adapter=DecoderAdapter(), progress=progress, journal=journal
-        )
+        loaded, made = load_in_memory(decoder()), recipe(transforms=transforms)
+        q = quantize_model(loaded, made, ids(), registry=registry, adapter=DecoderAdapter(), progress=progress, journal=journal)
+        outputs.append(q.model(ids(1)[0]))
         return dict(q.model.state_dict())
 
+    outputs: list[Tensor] = []
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
         run(tmp_path / "killed", die_at=1)
@@ -512,5 +521,6 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(registry, tmp_path):
     resumed = run(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert torch.equal(*outputs)
     with pytest.raises(CheckpointError, match="seed"):
         Journal(tmp_path / "killed", {"seed": 1})

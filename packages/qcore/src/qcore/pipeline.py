@@ -25,6 +25,7 @@ from qcore.model.reader import DictReader, TensorReader, materialize, release, r
 from qcore.model.source import LoadedModel
 from qcore.model.tap import attach
 from qcore.model.topology import Block, Site, Topology, join, within
+from qcore.modules import module_name, place, rebuild
 from qcore.modules.online import Online
 from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
 from qcore.numbers import QTensor, QuantSpec
@@ -126,6 +127,7 @@ def quantize_model(
         run.solve_blocks()
     with run.timed("bind"):
         run.bind()
+    run.result.notes += run.result.rewrite.notes
     return run.result
 
 
@@ -456,15 +458,17 @@ class _Run:
         module = self.model.get_submodule(block.module)
         modules = {}
         for path, m in module.named_modules(prefix=block.module):
-            if getattr(type(m), "name", None) in self.registry.modules:
-                modules[path] = {"type": type(m).name, "config": m.config()}  # type: ignore[attr-defined,operator]
+            name = module_name(m, self.registry.modules)
+            if name is not None:
+                modules[path] = {"type": name, "config": m.config()}  # type: ignore[operator]
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
         self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
 
     def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
-            set_module(self.model, path, self.registry.modules[entry["type"]].from_config(entry["config"]))
+            place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
+        self._installed |= {path for path in self.result.rewrite.inserts if within(path, block.module)}
         materialize(self.model.get_submodule(block.module), block.module, DictReader(tensors))
         self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
 
@@ -535,17 +539,6 @@ def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple
         delta, w = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, w))
     lost, whole = (((t @ g) * t).sum() for t in (delta, w))
     return float(lost / whole.clamp(min=1e-300)), "output"
-
-
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """`set_submodule`, also below containers that are not there yet (`taps`)."""
-    parent, _, name = path.rpartition(".")
-    owner = model
-    for part in parent.split(".") if parent else []:
-        if part not in owner._modules:
-            owner.add_module(part, nn.ModuleDict())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    owner.add_module(name, module)
 
 
 def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:
