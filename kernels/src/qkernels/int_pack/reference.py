@@ -106,7 +106,9 @@ def _unpack_rows(stream: Tensor, bits: int, count: int) -> Tensor:
         return torch.stack([(stream >> (i * bits)) & mask for i in range(per_byte)], -1).flatten(1)[:, :count]
     octets = -(-count // 8)
     need = octets * bits
-    padded = torch.nn.functional.pad(stream, (0, max(0, need - stream.shape[1])))[:, :need].reshape(r, octets, bits).to(torch.int64)
+    # a code spans at most 7 + bits bits: two bytes up to 8 bits, three above
+    wide = torch.int16 if bits <= 8 else torch.int32
+    padded = torch.nn.functional.pad(stream, (0, max(0, need - stream.shape[1])))[:, :need].reshape(r, octets, bits).to(wide)
     codes = []
     for i in range(8):
         first, shift = divmod(i * bits, 8)
@@ -114,5 +116,6 @@ def _unpack_rows(stream: Tensor, bits: int, count: int) -> Tensor:
         for more in range(1, 3):
             if first + more < bits and 8 * more - shift < bits:
                 value = value | (padded[..., first + more] << (8 * more - shift))
-        codes.append(value & mask)
+        value = value & mask
+        codes.append(value.to(torch.uint8) if bits <= 8 else value)
     return torch.stack(codes, -1).flatten(1)[:, :count]

@@ -33,7 +33,7 @@ from qcore.packing import first_that_accepts
 from qcore.recipe import Recipe
 from qcore.solvers.base import WeightSolver
 from qcore.transforms.apply import build_insert
-from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
+from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader, rewritten_topology
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,10 @@ class _Run:
             return
         for i, transform in enumerate(transforms):
             self.progress(f"transform {transform.name}", i, len(transforms))
-            wants = transform.wants(self.topology, self.result.specs)
+            topology = rewritten_topology(self.topology, self.result.rewrite)
+            wants = transform.wants(topology, self.result.specs)
             seen = self._observe_model(wants) if wants else {}
-            found = transform.fit(self.topology, self.result.specs, seen, self.model, self.reader)
+            found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
             self.journal.keep_rewrite(*self.result.rewrite.state())
@@ -239,7 +240,10 @@ class _Run:
         for transform in self.recipe.transforms:
             if transform.scope != "block":
                 continue
-            inside = self.topology.within(block)
+            # what is observed goes through the modules that earlier transforms inserted
+            self._install(block.module)
+            # links that end behind an inserted module, or in a leaf that was split, are none any more
+            inside = rewritten_topology(self.topology, self.result.rewrite).within(block)
             wants = transform.wants(inside, self.result.specs)
             seen: Mapping[Site, Seen] = {}
             if wants:
@@ -420,6 +424,7 @@ class _Run:
         feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self.autocast)
 
         def run_block(block: Block, call: BlockInput) -> Any:
+            self._install(block.module)
             module = self.model.get_submodule(block.module)
             if any(p.is_meta for p in module.parameters()):
                 materialize(module, block.module, self.reader, self.compute)
@@ -436,6 +441,7 @@ class _Run:
         seen: dict[Site, Seen] = {}
         for index, block in enumerate(self.topology.blocks):
             self.progress("observe", index, len(self.topology.blocks))
+            self._install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
             runner = BlockRunner(feed, index, module)

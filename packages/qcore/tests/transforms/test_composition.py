@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from qcore.errors import SpecError
 from qcore.model.reader import DictReader
 from qcore.testing import fit_transform
 from qcore.testing.models import TinyDecoderAdapter, tiny_decoder, tiny_gpt, tokens
@@ -23,7 +24,7 @@ from qcore.transforms import (
 )
 
 ADAPTER = TinyDecoderAdapter()
-VARIANTS = [{}, {"bias": True, "kv_heads": 1}, {"norm_offset": 1.0, "tied": True}, {"rotary": 0.5, "hidden": 48, "heads": 6, "intermediate": 52}]
+VARIANTS = [{}, {"bias": True, "kv_heads": 1}, {"norm_offset": 1.0, "tied": True}, {"rotary": 0.5, "hidden": 48, "heads": 6, "intermediate": 92}]
 
 
 def chain(model, transforms):
@@ -62,8 +63,29 @@ def test_the_order_of_fold_and_smooth_does_not_matter_for_the_function():
 
 
 def test_a_rotation_after_smoothing_is_refused_because_gains_differ_again():
-    from qcore.errors import SpecError
 
     model = tiny_decoder().double()
     with pytest.raises(SpecError, match="gains differ"):
         chain(model, [FoldNorm(), SmoothQuant(), HadamardRotate()])
+
+
+def test_links_that_end_behind_an_online_rotation_are_left_alone():
+    model = tiny_decoder(intermediate=92).double()
+    rewrite = chain(model, [FoldNorm(), HadamardRotate(online=("*.down_proj:weight",))])
+    topology = ADAPTER.topology(model)
+    after = rewritten_topology(topology, rewrite)
+    assert {link.name for link in topology.links} - {link.name for link in after.links} == {
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("up→down", "gate,up→down")
+    }
+    later = fit_transform(
+        CrossLayerEqualize(), ADAPTER, model, [], topology=after, reader=RewrittenReader(DictReader(model.state_dict()), rewrite, model)
+    )
+    torch.testing.assert_close(apply_rewrite(model, rewrite.then(later))(tokens()), model(tokens()), rtol=1e-9, atol=1e-9)
+
+
+def test_editing_inputs_behind_an_inserted_module_is_refused():
+    model = tiny_decoder().double()
+    rewrite = chain(model, [FoldNorm(), HadamardRotate(online=("*.down_proj:weight",))])
+    careless = fit_transform(CrossLayerEqualize(), ADAPTER, model, [])
+    with pytest.raises(SpecError, match=r"inputs of 'model\.layers\.0\.mlp\.down_proj\.weight'.*rewritten_topology"):
+        rewrite.then(careless)

@@ -75,15 +75,15 @@ def test_a_hadamard_edit_is_the_rotation_by_its_matrix():
 
 
 def test_a_padded_hadamard_edit_grows_the_axis_and_keeps_products():
-    module = nn.Linear(52, 5)  # 52 has no matrix here, 56 = 28·2 has
-    edit = Hadamard(Port("weight", "in"), rand(56).sign(), 56)
-    w, x = rand(5, 52), rand(7, 52)
+    module = nn.Linear(92, 5)  # 92 has no matrix here, 96 = 12·8 has
+    edit = Hadamard(Port("weight", "in"), rand(96).sign(), 96)
+    w, x = rand(5, 92), rand(7, 92)
     grown = Rewrite(edits={"weight": (edit,)}).tensor("weight", w, module)
-    assert grown.shape == (5, 56)
+    assert grown.shape == (5, 96)
     torch.testing.assert_close(edit.apply(x) @ grown.T, x @ w.T)
     undone = edit.undo(grown)
-    torch.testing.assert_close(undone[:, :52], w)
-    assert undone[:, 52:].abs().max() < 1e-12
+    torch.testing.assert_close(undone[:, :92], w)
+    assert undone[:, 92:].abs().max() < 1e-12
 
 
 def test_edits_of_one_part_leave_the_others_alone():

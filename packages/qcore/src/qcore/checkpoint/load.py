@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qcore.checkpoint.manifest import MANIFEST, Manifest
 from qcore.errors import CheckpointError
-from qcore.model import ModelAdapter, SafetensorsReader, materialize
+from qcore.model import ModelAdapter, SafetensorsReader, TensorReader, materialize
 from qcore.model.reader import missing_names, owned_names
 from qcore.modules import place, rebuild
 from qcore.modules.stored import DTYPES, resolved
@@ -106,7 +106,7 @@ def _skeleton(folder: Path, manifest: Manifest, registry: Any) -> nn.Module:
     return registry.sources[manifest.source]().skeleton(folder)
 
 
-def _reader(folder: Path, manifest: Manifest) -> SafetensorsReader:
+def _reader(folder: Path, manifest: Manifest) -> TensorReader:
     """Over exactly the files that the manifest names; their sizes are compared first, because a cut file is the commonest damage."""
     if not manifest.files:
         raise CheckpointError(f"{folder / MANIFEST} names no weights file")
@@ -116,7 +116,7 @@ def _reader(folder: Path, manifest: Manifest) -> SafetensorsReader:
             raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it is truncated or was changed, fetch it again")
-    return _Shards([SafetensorsReader(folder / name) for name in manifest.files])  # type: ignore[return-value]
+    return _Shards([SafetensorsReader(folder / name) for name in manifest.files])
 
 
 class _Shards:
@@ -135,7 +135,7 @@ class _Shards:
         return self._where[name][name]
 
 
-def _fill(model: nn.Module, manifest: Manifest, reader: Any, folder: Path) -> None:
+def _fill(model: nn.Module, manifest: Manifest, reader: TensorReader, folder: Path) -> None:
     """Read every tensor into its place; CheckpointError where names, shapes or stored dtypes differ."""
     # what lies at the second path of a module is stored, and filled, under the first
     found = [entry for entry in owned_names(model, "") if not any(entry[0].startswith(path + ".") for path in manifest.shared)]

@@ -2,6 +2,10 @@
 
 A checkpoint that loads is no proof: a loader may round scales, tie what was untied, or leave a layer random.  The consumer of the
 compressed-tensors layout is transformers; of the qcore layout it is `qcore.checkpoint.load`.
+
+What transformers loads is compared as it is stored: float inputs, every weight dequantized, on both sides.  How it runs is another matter, and is
+noted beside: compressed-tensors scales dynamic int8 inputs by amax / 127.5 where qcore and vLLM take amax / 127, it rounds those scales to bfloat16
+in a bfloat16 model, and it knows none of our kernels.
 """
 
 import gc
@@ -21,12 +25,11 @@ from torch import Tensor, nn
 from qcore.checkpoint.load import load
 from qcore.checkpoint.manifest import Manifest
 from qcore.errors import CheckpointError
+from qcore.modules import as_stored
 
 PROOF = "proof.json"
 # root mean square of differences, relative to that of outputs, that still counts as rounding: sums in another order
 CLOSE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# compressed-tensors scales dynamic int8 inputs by amax / 127.5, qcore (as vLLM) by amax / 127: many codes differ by one
-CLOSE_INT_INPUTS = 5e-2
 Outputs = Callable[[nn.Module, Any], Tensor]
 
 
@@ -37,6 +40,7 @@ class Proof:
     level:          "identical": every output bit for bit; "close": relative_difference is within the tolerance; "different"
     max_difference: largest absolute difference of outputs;  max_output: largest absolute output of the saved model
     relative_difference: root mean square of differences over that of the outputs
+    as_run: the same, of the two models as they run, with quantized inputs and kernels; equal where nothing but the reference runs
     loader:         who opened the checkpoint
     fresh:          whether that was another process
     """
@@ -45,6 +49,7 @@ class Proof:
     max_difference: float
     max_output: float
     relative_difference: float
+    as_run: float
     tolerance: float
     batches: int
     loader: str
@@ -82,17 +87,39 @@ def prove(
         raise CheckpointError("a proof compares outputs of at least one batch, got none")
     if fresh and (outputs is not plain_outputs or skeleton is not None or registry is not None):
         raise CheckpointError("a fresh process takes no outputs, skeleton or registry from this one; call it without them, or with fresh=False")
-    mine = [outputs(model, batch).detach().cpu() for batch in batches]
+    stored_only = manifest.layout == "compressed-tensors"
+    as_run = _outputs(model, batches, outputs)
+    if stored_only:
+        with as_stored(model):
+            mine = _outputs(model, batches, outputs)
+    else:
+        mine = as_run
     if fresh:
-        loader, theirs = _in_fresh_process(folder, batches)
+        loader, theirs, theirs_as_run = _in_fresh_process(folder, batches, stored_only)
     else:
         loader, other = open_as_consumer(folder, manifest, skeleton, registry)
-        theirs = [outputs(other, batch).detach().cpu() for batch in batches]
+        theirs, theirs_as_run = _both(other, batches, outputs, stored_only)
         del other
         gc.collect()
-    proof = _compare(mine, theirs, _tolerance(manifest), loader, fresh)
+    proof = _compare(mine, theirs, _relative(as_run, theirs_as_run), CLOSE.get(manifest.dtype, 1e-4), loader, fresh)
     (folder / PROOF).write_text(json.dumps(asdict(proof), indent=1) + "\n", encoding="utf-8")
     return proof
+
+
+def _outputs(model: nn.Module, batches: Sequence[Any], outputs: Outputs) -> list[Tensor]:
+    return [outputs(model, batch).detach().cpu() for batch in batches]
+
+
+def _both(model: nn.Module, batches: Sequence[Any], outputs: Outputs, stored_only: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of what a consumer opened: as it is stored, and as it runs."""
+    as_run = _outputs(model, batches, outputs)
+    if not stored_only:
+        return as_run, as_run
+    for m in model.modules():
+        if hasattr(m, "quantization_scheme"):
+            # compressed-tensors' own switch: weights stay as loaded, inputs stay float
+            m.quantization_enabled = False  # type: ignore[assignment]
+    return _outputs(model, batches, outputs), as_run
 
 
 def open_as_consumer(folder: Path, manifest: Manifest, skeleton: nn.Module | None = None, registry: Any = None) -> tuple[str, nn.Module]:
@@ -109,21 +136,22 @@ def open_as_consumer(folder: Path, manifest: Manifest, skeleton: nn.Module | Non
     return f"transformers.{name}.from_pretrained", cls.from_pretrained(folder, dtype="auto").eval()
 
 
-def _tolerance(manifest: Manifest) -> float:
-    base = CLOSE.get(manifest.dtype, 1e-3)
-    coded = any(e.config.get("activation") for e in manifest.modules.values())
-    return max(base, CLOSE_INT_INPUTS) if coded and manifest.layout == "compressed-tensors" else base
+def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Root mean square of differences over that of `a`; NaN where outputs are no numbers."""
+    if all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+        return 0.0
+    one, other = (torch.cat([t.double().flatten() for t in ts]) for ts in (a, b))
+    return float((one - other).norm() / one.norm())
 
 
-def _compare(mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float, loader: str, fresh: bool) -> Proof:
+def _compare(mine: Sequence[Tensor], theirs: Sequence[Tensor], as_run: float, tolerance: float, loader: str, fresh: bool) -> Proof:
     for a, b in zip(mine, theirs, strict=True):
         if a.shape != b.shape:
             raise CheckpointError(f"{loader} gives outputs of shape {tuple(b.shape)}, the saved model {tuple(a.shape)}")
     same = all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     difference = max(float((a.double() - b.double()).abs().max()) if a.numel() else 0.0 for a, b in zip(mine, theirs, strict=True))
     largest = max(float(a.double().abs().max()) if a.numel() else 0.0 for a in mine)
-    a, b = (torch.cat([t.double().flatten() for t in ts]) for ts in (mine, theirs))
-    relative = float((a - b).norm() / a.norm()) if not same else 0.0
+    relative = _relative(mine, theirs)
     # NaN compares false: outputs that are no numbers are different
     level: Literal["identical", "close", "different"] = "identical" if same else "close" if relative <= tolerance else "different"
     return Proof(
@@ -131,6 +159,7 @@ def _compare(mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float,
         max_difference=difference,
         max_output=largest,
         relative_difference=relative,
+        as_run=as_run,
         tolerance=tolerance,
         batches=len(mine),
         loader=loader,
@@ -149,10 +178,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _in_fresh_process(folder: Path, batches: Sequence[Any]) -> tuple[str, list[Tensor]]:
+def _in_fresh_process(folder: Path, batches: Sequence[Any], stored_only: bool) -> tuple[str, list[Tensor], list[Tensor]]:
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "batches.pt", Path(scratch) / "outputs.pt"
-        torch.save(list(batches), given)
+        torch.save({"batches": list(batches), "stored_only": stored_only}, given)
         command = [
             sys.executable,
             "-c",
@@ -165,12 +194,13 @@ def _in_fresh_process(folder: Path, batches: Sequence[Any]) -> tuple[str, list[T
         if done.returncode:
             raise CheckpointError(f"a fresh process cannot open {folder}:\n{done.stderr.strip()[-2000:]}")
         result = torch.load(found, weights_only=True)
-        return result["loader"], result["outputs"]
+        return result["loader"], result["theirs"], result["as_run"]
 
 
 @torch.no_grad()
 def _child(folder: str, given: str, found: str) -> None:
     """What runs in the fresh process."""
     loader, model = open_as_consumer(Path(folder), Manifest.read(Path(folder)))
-    batches = torch.load(given, weights_only=True)
-    torch.save({"loader": loader, "outputs": [plain_outputs(model, batch).cpu() for batch in batches]}, found)
+    task = torch.load(given, weights_only=True)
+    theirs, as_run = _both(model, task["batches"], plain_outputs, task["stored_only"])
+    torch.save({"loader": loader, "theirs": theirs, "as_run": as_run}, found)

@@ -18,7 +18,7 @@ from qcore.checkpoint.layout import Layout, compressed_tensors_config, layout_fo
 from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, needed_names, origins_of
 from qcore.errors import CheckpointError
 from qcore.model.tap import Tap, TapChain
-from qcore.modules import StoredWeight, module_name
+from qcore.modules import StoredWeight, module_name, serve_in
 from qcore.modules.online import Online
 from qcore.modules.stored import resolved
 
@@ -35,16 +35,18 @@ def save(
     source: str = "",
     adapter: str = "",
     companions: Callable[[Path], None] | None = None,
+    dtype: torch.dtype | None = None,
     record: Mapping[str, Any] | None = None,
     registry: Any = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Write `model`, whose leaves were replaced by run-time modules, to `folder`, as it is: `modules.serve_in` gives it another dtype before.
+    """Write `model`, whose leaves were replaced by run-time modules, to `folder`.
 
     source:     the ModelSource whose `skeleton` rebuilds the float architecture; "" = whoever loads passes it
     adapter:    the ModelAdapter whose `prepare` the model went through
     companions: writes config.json, tokenizer files … into a folder (`LoadedModel.write_companions`)
+    dtype:      in which the model is stored and served; `model` is converted to it in place first, so that both stay the same model.  None = as it is
     record:     JSON-ready: recipe, seed, data hash, coverage
     overwrite:  replace what is in `folder`; else a folder with content is an error
 
@@ -55,6 +57,8 @@ def save(
         if companions is not None:
             companions(building)
         config = _read_config(building)
+        if dtype is not None:
+            serve_in(model, dtype)
         layout = layout_for(model, registry.modules)
         if layout.name == "compressed-tensors" and config is None:
             layout = Layout("qcore", ("there is no config.json, so transformers could not load it",))

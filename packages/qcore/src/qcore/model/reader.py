@@ -125,7 +125,9 @@ def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: tor
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             owner._parameters[own] = nn.Parameter(value, requires_grad=False)
         else:
-            owner._buffers[own] = value
+            # a running mean that was rewritten comes in float64
+            kept = owner._buffers[own]
+            owner._buffers[own] = value.to(kept.dtype) if kept is not None and kept.is_floating_point() and value.is_floating_point() else value
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from qcore.modules.conv import QuantizedConv
 from qcore.modules.embedding import QuantizedEmbedding
-from qcore.modules.linear import QuantizedLinear
+from qcore.modules.linear import QuantizedLinear, as_stored
 from qcore.modules.replace import Stored, leaf_by_type, quantized_leaf, register_leaf
 from qcore.modules.runtime import RuntimeModule, module_name, place, rebuild
 from qcore.modules.stored import StoredWeight, serve_in
@@ -14,6 +14,7 @@ __all__ = [
     "RuntimeModule",
     "Stored",
     "StoredWeight",
+    "as_stored",
     "leaf_by_type",
     "module_name",
     "place",

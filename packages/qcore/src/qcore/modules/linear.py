@@ -1,6 +1,7 @@
 """`QuantizedLinear`: y = kernel(quantize(online(x)), parts) + bias."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -157,3 +158,17 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
+
+
+@contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Inside, every QuantizedLinear of `model` multiplies float inputs with its dequantized weight: what is stored, apart from how it is run."""
+    kept = [(m, m.activation, m._kernels, m._job, m._choice, m._prepared) for m in model.modules() if isinstance(m, QuantizedLinear)]
+    try:
+        for m, *_ in kept:
+            m.activation = None
+            m.bind([ReferenceLinear()])
+        yield
+    finally:
+        for m, activation, kernels, job, choice, prepared in kept:
+            m.activation, m._kernels, m._job, m._choice, m._prepared = activation, kernels, job, choice, prepared

@@ -6,7 +6,7 @@ Every class is checked by what its protocol promises, and by nothing else: laws 
 import copy
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from qcore.errors import CalibrationError
 from qcore.model.adapter import Batch, ModelAdapter, tied_names
 from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader
+from qcore.model.tap import Tap, attach, detach
 from qcore.model.topology import Site, Topology
 from qcore.modules.runtime import RuntimeModule
 from qcore.numbers import NumberFormat, PerTensor, QTensor, QuantSpec, fake_quantize, int_weight, quantize, spec_from_dict, spec_to_dict
@@ -278,25 +279,46 @@ def fit_transform(
 def observe(
     adapter: ModelAdapter, model: nn.Module, wishes: Mapping[Site, Sequence[Observer]], batches: Iterable[Batch]
 ) -> dict[Site, dict[str, Any]]:
-    """What observers see at the inputs of modules, on the float model: enough for tests; calibration proper is `qcore.calibration.runner`."""
+    """What observers see at inputs of modules and at taps, on the float model: enough for tests; calibration proper is `qcore.calibration.runner`."""
     watching = {site: [o.fresh() for o in observers] for site, observers in wishes.items()}
-    handles = []
+    undo: list[Callable[[], None]] = []
     for site, observers in watching.items():
-        assert site.tensor == "input" and site.part is None, f"{site}: only inputs of modules are observed here"
         module = model.get_submodule(site.module)
-
-        def hook(m: nn.Module, args: tuple[Any, ...], observers: Sequence[Observer] = observers) -> None:
-            for observer in observers:
-                observer.update(layout(m).rows(args[0]))
-
-        handles.append(module.register_forward_pre_hook(hook))
+        if site.tensor == "input" and site.part is None:
+            undo.append(module.register_forward_pre_hook(_InputHook(observers)).remove)
+        else:
+            handler = _Watch(observers)
+            attach(module, site.tensor, handler, site.part)
+            undo.append(partial(detach, module, site.tensor, handler, site.part))
     try:
         for batch in batches:
             outputs(adapter, model, batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        for step in undo:
+            step()
     return {site: {o.name: o.result() for o in observers} for site, observers in watching.items()}
+
+
+class _InputHook:
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = observers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for observer in self.observers:
+            observer.update(layout(module).rows(args[0]))
+
+
+class _Watch(Tap):
+    """Observes rows where a module taps them."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        super().__init__()
+        self.observers = observers
+
+    def forward(self, x: Tensor, rows: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        for observer in self.observers:
+            observer.update(x.reshape(-1, x.shape[-1]), None if weight is None else weight.reshape(-1))
+        return x
 
 
 def _check_scope(rewrite: Rewrite, topology: Topology, model: nn.Module, name: str, modules: Mapping[str, type[Any]] | None) -> None:
@@ -359,7 +381,7 @@ def check_packing(packing: Packing, spec: QuantSpec, shape: tuple[int, ...] = (1
     name = f"packing {packing.name!r} on {spec}"
     reason = packing.refuses(spec, shape)
     assert reason is None, f"{name} refuses shape {shape}: {reason}; check it with a spec that it accepts"
-    q = quantize(_rand(*shape), spec)
+    q = _every_code(quantize(_rand(*shape), spec))
     packed = packing.pack(q)
     for key in packed:
         assert "." not in key, f"{name}: {key!r} has a dot; names are local to the module, the checkpoint adds the path"
@@ -374,6 +396,15 @@ def check_packing(packing: Packing, spec: QuantSpec, shape: tuple[int, ...] = (1
         assert key in meta and meta[key].shape == t.shape and meta[key].dtype == t.dtype, (
             f"{name}: on meta tensors {key!r} has another shape or dtype"
         )
+
+
+def _every_code(q: QTensor) -> QTensor:
+    """The tensor with every code that its format can round to, also those that random weights rarely reach (-8 of 4-bit integers)."""
+    fmt = q.spec.format
+    if fmt.parts or fmt.dim > 1:
+        return q
+    reached = fmt.encode(_format_values(fmt)).unique()
+    return QTensor(q.spec, {**q.parts, "codes": reached[torch.arange(q.codes.numel()) % len(reached)].reshape(q.codes.shape)}, q.shape)
 
 
 def check_kernel(

@@ -15,7 +15,7 @@ from qcore.model.topology import Link, Port, Site, Topology
 from qcore.numbers import QuantSpec, fake_quantize
 from qcore.transforms.base import Transform
 from qcore.transforms.benefit import gram_error
-from qcore.transforms.channels import input_channels, seen_at, site_matrix, site_of, specs_of
+from qcore.transforms.channels import input_channels, inputs_of, seen_at, site_matrix, specs_of
 from qcore.transforms.rewrite import Rewrite, Scale, cut_ties, owner_of, repeat_channels, scale_link
 from qcore.transforms.smooth import input_links
 
@@ -47,7 +47,7 @@ class AWQScale(Transform):
             raise SpecError(f"the grid has at least 2 values of alpha, got {self.grid}")
 
     def wants(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> Mapping[Site, tuple[Observer, ...]]:
-        return {site_of(p).input: (Moments(), Gram()) for link in input_links(topology, specs, self.links) for p in link.reads}
+        return {site: (Moments(), Gram()) for link in input_links(topology, specs, self.links) for site in inputs_of(link, specs)}
 
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         rewrite = Rewrite()
@@ -59,9 +59,8 @@ class AWQScale(Transform):
 
     def search(self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
         """The s of the best α.  [C] float64"""
-        mean = torch.stack([input_channels(link, p, seen_at(site_of(p).input, Moments.name, seen).mean_abs, reader, model) for p in link.reads]).mean(
-            0
-        )
+        inputs = [input_channels(link, p, seen_at(site, Moments.name, seen).mean_abs, reader, model) for site, p in inputs_of(link, specs).items()]
+        mean = torch.stack(inputs).mean(0)
         readers = [_Reader(link, p, site, spec, seen, model, reader) for p in link.reads for site, spec in specs_of(p, specs).items()]
         best, least = torch.ones_like(mean), float("inf")
         for step in range(self.grid):

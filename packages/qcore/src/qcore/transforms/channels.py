@@ -30,6 +30,14 @@ def specs_of(port: Port, specs: Mapping[Site, QuantSpec]) -> dict[Site, QuantSpe
     return {s: spec for s, spec in specs.items() if s.param == port.param and (port.part is None or s.part is None or s.part == port.part)}
 
 
+def inputs_of(link: Link, specs: Mapping[Site, QuantSpec]) -> dict[Site, Port]:
+    """Where to look at the link's channels: the inputs of the weights that read them and are to be quantized, each with its port.
+
+    A fused stack is read by one port, and seen expert by expert.
+    """
+    return {site.input: port for port in link.reads if port.axis == "in" for site in specs_of(port, specs)}
+
+
 def seen_at(site: Site, observer: str, seen: Mapping[Site, Seen]) -> Any:
     """What `observer` saw at `site`; CalibrationError where it saw nothing."""
     if site not in seen or observer not in seen[site]:

@@ -14,7 +14,7 @@ from qcore.model.reader import TensorReader
 from qcore.model.topology import Invariance, Link, Site, Topology
 from qcore.numbers import QuantSpec
 from qcore.transforms.base import Transform
-from qcore.transforms.channels import input_channels, seen_at, site_of, specs_of, weight_absmax
+from qcore.transforms.channels import input_channels, inputs_of, seen_at, specs_of, weight_absmax
 from qcore.transforms.rewrite import Rewrite, cut_ties, permute_link, through_ports
 
 
@@ -37,12 +37,12 @@ class Reorder(Transform):
     def wants(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> Mapping[Site, tuple[Observer, ...]]:
         if self.by == "weight":
             return {}
-        return {site_of(p).input: (AbsMax(),) for link in self._links(topology, specs) for p in link.reads}
+        return {site: (AbsMax(),) for link in self._links(topology, specs) for site in inputs_of(link, specs)}
 
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         rewrite = Rewrite()
         for link in self._links(topology, specs):
-            key = torch.stack([self._key(link, p, seen, model, reader) for p in link.reads]).amax(0)
+            key = torch.stack(self._keys(link, specs, seen, model, reader)).amax(0)
             rewrite = rewrite.then(permute_link(link, sort_in_heads(key, link.heads), through_ports(link, model)))
         return cut_ties(rewrite, model, topology.ties)
 
@@ -53,10 +53,10 @@ class Reorder(Transform):
             if fnmatchcase(link.name, self.links) and all(p.axis == "in" for p in link.reads) and any(specs_of(p, specs) for p in link.reads)
         ]
 
-    def _key(self, link: Link, port, seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
+    def _keys(self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> list[Tensor]:
         if self.by == "weight":
-            return weight_absmax(link, port, reader, model)
-        return input_channels(link, port, seen_at(site_of(port).input, AbsMax.name, seen), reader, model)
+            return [weight_absmax(link, port, reader, model) for port in link.reads]
+        return [input_channels(link, port, seen_at(site, AbsMax.name, seen), reader, model) for site, port in inputs_of(link, specs).items()]
 
 
 def sort_in_heads(key: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ so the trained form is the merged form.  Edits are per parameter and in order; a
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from qcore.errors import NotFound, SpecError
 from qcore.model.layers import layout
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Invariance, Link, Port, Site, Topology
+from qcore.modules.online import Online
 from qcore.numbers import hadamard as hadamards
 
 
@@ -156,6 +157,11 @@ class Rewrite:
         """First this one, then `later`, which was fitted on the model that this one leaves."""
         if gone := sorted(self.dropped & set(later.edits)):
             raise SpecError(f"a later transform edits {gone[0]!r}, which an earlier one took away; put the one that splits leaves last")
+        if behind := sorted(p.param for p in _ports_of(later) if p.axis == "in" and _leaf_of(p.param) in self._fronted):
+            raise SpecError(
+                f"a later transform edits the inputs of {behind[0]!r}, before which an earlier one put a module: they are no longer the channels of "
+                "any link; put the one that inserts last, or fit on `rewritten_topology`"
+            )
         edits = dict(self.edits)
         for name, more in later.edits.items():
             edits[name] = edits.get(name, ()) + more
@@ -180,6 +186,11 @@ class Rewrite:
             exact=max(self.exact, later.exact),
             notes=self.notes + later.notes,
         )
+
+    @property
+    def _fronted(self) -> frozenset[str]:
+        """Leaves that have a module before them."""
+        return frozenset(path for path, insert in self.inserts.items() if insert.place == "before")
 
     def source(self, name: str) -> str:
         """The parameter of the original model from which `name` is made."""
@@ -269,6 +280,14 @@ class Rewrite:
             exact=data["exact"],
             notes=tuple(data["notes"]),
         )
+
+
+def _leaf_of(param: str) -> str:
+    return param.rpartition(".")[0]
+
+
+def _ports_of(rewrite: Rewrite) -> list[Port]:
+    return [edit.port for edits in rewrite.edits.values() for edit in edits]
 
 
 _KINDS: dict[str, type] = {c.__name__: c for c in (Scale, Rotate, Hadamard, Permute, Shift, Put)}
@@ -442,7 +461,13 @@ def _repeat_order(order: Tensor, link: Link, port: Port) -> Tensor:
 # ties, owners, sites ---------------------------------------------------------------------------------------------------------------------
 
 
-def owner_of(model: nn.Module, name: str, source: str = "") -> nn.Module:
+class Owners(Protocol):
+    """Modules by path: a model, or whoever remembers those that something else has replaced."""
+
+    def get_submodule(self, target: str, /) -> nn.Module: ...
+
+
+def owner_of(model: Owners, name: str, source: str = "") -> nn.Module:
     """The module whose layout the parameter has: its own where there is one, else the leaf that it was split from, else that of `source`."""
     path, _, own = name.rpartition(".")
     while path:
@@ -450,10 +475,11 @@ def owner_of(model: nn.Module, name: str, source: str = "") -> nn.Module:
             module = model.get_submodule(path)
         except AttributeError:
             module = None
+        module = module.leaf if isinstance(module, Online) else module
         if module is not None and getattr(module, own, None) is not None:
             return module
         path = path.rpartition(".")[0]
-    if getattr(model, name, None) is not None:
+    if isinstance(model, nn.Module) and getattr(model, name, None) is not None:
         return model
     return model.get_submodule((source or name).rpartition(".")[0])
 
@@ -483,7 +509,10 @@ def _without_names(edit: Edit, model: nn.Module, name: str) -> tuple[Any, ...]:
 
 
 def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
-    """The places after the rewrite: a site that was split is followed by the sites of its parts, and no link touches it any more."""
+    """The places after the rewrite, for the transforms that follow.
+
+    A site that was split is followed by the sites of its parts, and no link touches it any more.  A leaf with a module before it reads no link.
+    """
     parts = {}
     for old in rewrite.dropped:
         module, _, own = old.rpartition(".")
@@ -497,8 +526,13 @@ def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
     blocks = tuple(
         replace(block, stages=tuple(tuple(part for site in stage for part in places(site)) for stage in block.stages)) for block in topology.blocks
     )
-    kept = tuple(link for link in topology.links if not any(p.param in rewrite.dropped for p in link.ports))
-    blocked = {p: f"link {link.name} is split" for link in topology.links if link not in kept for p in link.ports if p.param not in rewrite.dropped}
+    gone = {
+        link: f"link {link.name} reads a leaf that was split, or that has a module before it"
+        for link in topology.links
+        if any(p.param in rewrite.dropped for p in link.ports) or any(p.axis == "in" and _leaf_of(p.param) in rewrite._fronted for p in link.reads)
+    }
+    kept = tuple(link for link in topology.links if link not in gone)
+    blocked = {p: why for link, why in gone.items() for p in link.ports if p.param not in rewrite.dropped}
     ties = {name: first for name, first in topology.ties.items() if name not in rewrite.unties}
     return replace(topology, blocks=blocks, links=kept, blocked={**topology.blocked, **blocked}, ties=ties)
 
@@ -506,7 +540,7 @@ def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
 class RewrittenReader:
     """A reader whose tensors went through a rewrite: what every step after the transforms reads."""
 
-    def __init__(self, reader: TensorReader, rewrite: Rewrite, model: nn.Module) -> None:
+    def __init__(self, reader: TensorReader, rewrite: Rewrite, model: Owners) -> None:
         self._reader, self._rewrite, self._model = reader, rewrite, model
 
     def names(self) -> Iterable[str]:

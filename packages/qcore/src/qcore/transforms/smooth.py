@@ -15,7 +15,7 @@ from qcore.model.reader import TensorReader
 from qcore.model.topology import Invariance, Link, Site, Topology
 from qcore.numbers import QuantSpec
 from qcore.transforms.base import Transform
-from qcore.transforms.channels import input_channels, seen_at, site_of, specs_of, weight_absmax
+from qcore.transforms.channels import input_channels, inputs_of, seen_at, specs_of, weight_absmax
 from qcore.transforms.rewrite import Rewrite, cut_ties, scale_link
 
 
@@ -53,18 +53,19 @@ class SmoothQuant(Transform):
             raise SpecError(f"alpha lies between 0 (weights decide) and 1 (activations decide), got {self.alpha}")
 
     def wants(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> Mapping[Site, tuple[Observer, ...]]:
-        return {site_of(p).input: (AbsMax(),) for link in input_links(topology, specs, self.links) for p in link.reads}
+        return {site: (AbsMax(),) for link in input_links(topology, specs, self.links) for site in inputs_of(link, specs)}
 
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         rewrite = Rewrite()
         for link in input_links(topology, specs, self.links):
-            s = self.scales(link, seen, model, reader)
+            s = self.scales(link, specs, seen, model, reader)
             rewrite = rewrite.then(scale_link(link, 1 / s))
         return cut_ties(rewrite, model, topology.ties)
 
-    def scales(self, link: Link, seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
+    def scales(self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
         """s of equation 4.  [C] float64"""
-        x = torch.stack([input_channels(link, p, seen_at(site_of(p).input, AbsMax.name, seen), reader, model) for p in link.reads]).amax(0)
+        inputs = [input_channels(link, p, seen_at(site, AbsMax.name, seen), reader, model) for site, p in inputs_of(link, specs).items()]
+        x = torch.stack(inputs).amax(0)
         w = torch.stack([weight_absmax(link, p, reader, model) for p in link.reads]).amax(0)
         alive = (x > 0) & (w > 0)
         s = torch.where(alive, x, 1.0) ** self.alpha / torch.where(alive, w, 1.0) ** (1 - self.alpha)
