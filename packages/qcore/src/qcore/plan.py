@@ -343,7 +343,7 @@ class _Planner:
             for topology in parts:
                 wants = transform.wants(topology, self.specs)
                 watched |= {s for s, observers in wants.items() if observers}
-                links |= {link.name: link for link in topology.links if any(_site_of(p.param).input in wants for p in link.reads)}
+                links |= {link.name: link for link in topology.links if any(p.axis == "in" and _site_of(p.param).input in wants for p in link.reads)}
             uses.append(TransformUse(repr(transform), len(watched), tuple(links)))
             touched = {p.param for link in links.values() for p in link.ports}
             for group in self.groups:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -183,6 +184,18 @@ def test_a_full_disk_is_named_and_leaves_nothing(run, pretend, tmp_path: Path) -
     pretend.fail["save"] = OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")
     done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
     assert done.code == 2 and "No space left on device (out/model.safetensors); nothing was written; free some space" in done.err
+    assert files(tmp_path) == ["texts"]
+
+
+def test_a_file_that_cannot_grow_is_named_and_leaves_nothing(run, pretend, tmp_path: Path) -> None:
+    # the limit on a file's size stands in for a full disk: the write itself fails
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.code == 2 and "File too large; nothing was written; free some space, or choose another folder with -o" in done.err
     assert files(tmp_path) == ["texts"]
 
 

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 
 from qcore.errors import QcoreError
 
-# conditions of the machine, not defects: no space, quota, read-only file system, no permission
-_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# conditions of the machine, not defects
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,7 +51,7 @@ def boundary() -> Iterator[None]:
         if e.errno not in _MACHINE:
             raise
         where = f" ({e.filename})" if e.filename else ""
-        step = "free some space, or choose another folder with -o" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder with -o"
+        step = "free some space, or choose another folder with -o" if e.errno in _FULL else "choose another folder with -o"
         _say(f"error: {e.strerror or e}{where}; nothing was written; {step}")
         raise typer.Exit(2) from None
 
