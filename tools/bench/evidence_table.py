@@ -45,7 +45,8 @@ def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
         f"## {model}",
         "",
         f"Float perplexity {scores['perplexity_reference']:.2f} on {scores['tokens']:.0f} tokens of {text}, "
-        f"windows of {scores['window']:.0f}; calibration {cell['samples']} windows of {cell['length']}; symmetric integers in groups of 64, embeddings and head float.",
+        f"windows of {scores['window']:.0f}; calibration {cell['samples']} windows of {cell['length']}; "
+        "symmetric integers in groups of 64, embeddings and head float.",
         *[f"**{note}**" for note in first["notes"]],
         "",
         "| | bits | KL to float | ± s.e. | over seeds | top-1 | perplexity | seconds | load | peak GB |",

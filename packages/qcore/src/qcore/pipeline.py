@@ -349,7 +349,7 @@ class _Run:
             sites = []
             for site in stage:
                 names = derived.get(site.param, [site.param]) if site.param in self.result.rewrite.dropped else [site.param]
-                parts = [site] if names == [site.param] else [Site(*n.rsplit(".", 1)) for n in names]
+                parts = [site] if names == [site.param] else [Site(path, own) for path, _, own in (n.rpartition(".") for n in names)]
                 sites += [s for s in parts if self.recipe.specs_for([s], self.dtype_name)]
             if sites:
                 stages.append(sites)
@@ -460,7 +460,7 @@ class _Run:
         for path, m in module.named_modules(prefix=block.module):
             name = module_name(m, self.registry.modules)
             if name is not None:
-                modules[path] = {"type": name, "config": m.config()}  # type: ignore[operator]
+                modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
         self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
 

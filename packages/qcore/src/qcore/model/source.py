@@ -66,7 +66,7 @@ class ModelSource(Protocol):
         return None
 
 
-def load_source(uri: str, sources: Mapping[str, type]) -> LoadedModel:
+def load_source(uri: str, sources: Mapping[str, type[Any]]) -> LoadedModel:
     """Ask every source in turn; NotFound lists what each would have taken."""
     for cls in sources.values():
         source = cls()

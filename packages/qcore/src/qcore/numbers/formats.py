@@ -15,7 +15,7 @@ data (a codebook, a base, a threshold) is not a field but a fitted *part*: `fit`
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class NumberFormat(Protocol):
     dim: int = 1
     parts: tuple[str, ...] = ()
     per_block: bool = False
+
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...  # every frozen dataclass has it; facts about a format are cached by it
 
     def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The data-dependent parts, for already scaled values; {} for a fixed grid.
@@ -199,9 +203,9 @@ class PowerOfTwo(NumberFormat):
         if self.rule not in ("floor", "ceil", "even"):
             raise SpecError(f"unknown rule {self.rule!r} for a shared exponent; have: floor, ceil, even")
 
-    bits: ClassVar[int] = 8
-    lo: ClassVar[float] = 2.0**-127
-    hi: ClassVar[float] = 2.0**127
+    bits = 8
+    lo = 2.0**-127
+    hi = 2.0**127
 
     def encode(self, x: Tensor, params: Params = NO_PARAMS) -> Tensor:
         f, e = torch.frexp(x.float().clamp(self.lo, self.hi))
@@ -246,9 +250,9 @@ class Codebook(NumberFormat):
     per_block: bool = False
     iterations: int = 25
 
-    parts: ClassVar[tuple[str, ...]] = ("codebook",)
-    lo: ClassVar[float] = -1.0
-    hi: ClassVar[float] = 1.0
+    parts = ("codebook",)
+    lo = -1.0
+    hi = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 15 or self.dim < 1:
