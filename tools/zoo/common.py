@@ -125,8 +125,11 @@ def evaluate_lm(logits_of: Callable[[Any], Any], text: str, context: int = 256, 
     total, count = 0.0, 0
     with torch.no_grad():
         for window in stream_batches(stream, context, batch):
-            tokens = torch.from_numpy(window)
-            logits = logits_of(tokens[:, :-1]).float()
+            rows = len(window)
+            # A short last batch is filled up, so that compiled code sees one shape only.
+            tokens = torch.from_numpy(np.concatenate([window, np.repeat(window[-1:], batch - rows, axis=0)]))
+            logits = logits_of(tokens[:, :-1])[:rows].float()
+            tokens = tokens[:rows]
             total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
             count += tokens[:, 1:].numel()
     per_token = total / count
@@ -167,7 +170,8 @@ def train(
     """
     import torch
 
-    wide, narrow = [], []
+    wide: list[Any] = []
+    narrow: list[Any] = []
     for key, parameter in model.named_parameters():
         matrix = parameter.squeeze().ndim >= 2 and not key.endswith(("A_log", "r_k"))
         (wide if matrix else narrow).append(parameter)

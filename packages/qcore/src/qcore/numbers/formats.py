@@ -15,7 +15,7 @@ data (a codebook, a base, a threshold) is not a field but a fitted *part*: `fit`
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -48,10 +48,6 @@ class NumberFormat(Protocol):
     dim: int = 1
     parts: tuple[str, ...] = ()
     per_block: bool = False
-
-    if TYPE_CHECKING:
-
-        def __hash__(self) -> int: ...  # every frozen dataclass has it; facts about a format are cached by it
 
     def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The data-dependent parts, for already scaled values; {} for a fixed grid.

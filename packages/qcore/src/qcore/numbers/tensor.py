@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,8 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
         # in float64, for high - low may exceed float32
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
-    return torch.where(empty, 1.0 if _has_zero(fmt) and spec.offset is not Offset.VALUE else 0.0, ideal)
+    key: Any = fmt  # frozen dataclasses are hashable, which the protocol cannot say
+    return torch.where(empty, 1.0 if _has_zero(key) and spec.offset is not Offset.VALUE else 0.0, ideal)
 
 
 def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
