@@ -38,17 +38,24 @@ class CalibrationSettings:
 
     samples: sequences (or images);  length: tokens of each, for text;  batch: sequences of one forward pass (a fixed shape, so that bits repeat)
     seed:    chooses the samples
+    starts:  for language models, this many sequences of one token each are added, drawn from the samples' own tokens.  Every later token attends to
+             the first one of its sequence (the attention sink), so an error there is an error everywhere; but only one row in `length` is one
+    starts_weight: what all starts together weigh, against all other rows together
     """
 
     samples: int = 64
     length: int = 512
     batch: int = 8
     seed: int = 0
+    starts: int = 0
+    starts_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch"):
             if getattr(self, name) < 1:
                 raise SpecError(f"calibration.{name} is at least 1, got {getattr(self, name)}")
+        if self.starts < 0 or self.starts_weight <= 0:
+            raise SpecError(f"calibration.starts is 0 or more and starts_weight positive, got {self.starts} and {self.starts_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,12 +67,14 @@ class DecoderLM(ModelAdapter):
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits [B, T, V]."""
         inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        inputs.pop("labels", None)
+        for key in ("labels", "row_weight"):
+            inputs.pop(key, None)
         return model(**inputs, use_cache=False).logits
 
     def context(self, batch: Any) -> RunContext:
         mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-        return RunContext(valid=None if mask is None else mask.bool())
+        weight = 1.0 if isinstance(batch, Tensor) else float(batch.get("row_weight", 1.0))
+        return RunContext(valid=None if mask is None else mask.bool(), weight=weight)
 
     def topology(self, model: nn.Module) -> Topology:
         blocks = find_blocks(model)

@@ -378,5 +378,8 @@ def _update(observers: Sequence[Observer], x: Tensor, rows_of: Callable[[Tensor]
             weight = None if weight is None else weight.reshape(-1)[mask]
     if matrix.shape[-2] == 0:
         return
+    share = run_context().weight
+    if share != 1:
+        weight = torch.full((matrix.shape[-2],), share, dtype=torch.float64) if weight is None else weight.reshape(-1).double() * share
     for observer in observers:
         observer.update(matrix, None if weight is None else weight.reshape(-1))

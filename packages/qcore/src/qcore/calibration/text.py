@@ -28,6 +28,10 @@ class Amount(Protocol):
     def batch(self) -> int: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def starts(self) -> int: ...
+    @property
+    def starts_weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class TextFile:
 
     def batches(self, tokenizer: Any, settings: Amount) -> list[TokenBatch]:
         """`settings.samples` windows as {"input_ids": [batch, length]}; CalibrationError when the text is too short for them."""
-        return to_batches(self.windows(tokenizer, settings), settings.batch)
+        windows = self.windows(tokenizer, settings)
+        return to_batches(windows, settings.batch) + start_batches(windows, settings.starts, settings.starts_weight, settings.seed)
 
     def windows(self, tokenizer: Any, settings: Amount) -> Tensor:
         """[samples, length] token ids, in the order in which the seed chose them."""
@@ -121,6 +126,21 @@ def to_batches(windows: Tensor, batch: int) -> list[TokenBatch]:
             f"--set calibration.samples={len(windows) // size * size}, or a batch that divides {len(windows)}"
         )
     return [{"input_ids": b.contiguous()} for b in windows.split(size)]
+
+
+def start_batches(windows: Tensor, count: int, weight: float, seed: int) -> list[TokenBatch]:
+    """One batch of `count` sequences of one token, drawn from the windows' own different tokens; [] for none.
+
+    windows: [n, length]
+    weight:  what its rows weigh together, against those of the windows together
+    → {"input_ids": [count, 1], "row_weight": weight of each row}
+    """
+    if not count:
+        return []
+    different = windows.unique()
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed))
+    tokens = different[order[:count]]
+    return [{"input_ids": tokens.unsqueeze(1).contiguous(), "row_weight": torch.tensor(weight * windows.numel() / len(tokens))}]
 
 
 def data_hash(*tensors: Tensor) -> str:

@@ -113,7 +113,7 @@ def owned_names(module: nn.Module, prefix: str, recurse: bool = True) -> list[tu
 
 @torch.no_grad()
 def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: torch.dtype | None = None, recurse: bool = True) -> None:
-    """Fill `module` in place with the reader's tensors; parameters are cast to `dtype`, buffers keep theirs.
+    """Fill `module` in place with the reader's tensors; parameters are cast to `dtype` and buffers to what they were.  Without a dtype all come as they are stored.
 
     prefix: path of `module` in the whole model, so that names agree with the reader's; "" for the root
     """
@@ -125,9 +125,10 @@ def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: tor
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             owner._parameters[own] = nn.Parameter(value, requires_grad=False)
         else:
-            # a running mean that was rewritten comes in float64
             kept = owner._buffers[own]
-            owner._buffers[own] = value.to(kept.dtype) if kept is not None and kept.is_floating_point() and value.is_floating_point() else value
+            if dtype is not None and kept is not None and kept.is_floating_point() and value.is_floating_point():
+                value = value.to(kept.dtype)  # a running mean that was rewritten comes in float64
+            owner._buffers[own] = value
 
 
 @torch.no_grad()

@@ -20,11 +20,13 @@ class RunContext:
     valid:     [B, T] bool, the rows that are no padding
     segments:  [B, T] int, the modality of each row
     positions: [B, T] int, the place of each row in its sequence
+    weight:    importance of every row of this pass; 1 = as any other
     """
 
     valid: Tensor | None = None
     segments: Tensor | None = None
     positions: Tensor | None = None
+    weight: float = 1.0
 
 
 _NOTHING_SPECIAL = RunContext()
