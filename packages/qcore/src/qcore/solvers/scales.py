@@ -354,7 +354,7 @@ class Lattice:
         if offset is not None and self.spec.offset is Offset.VALUE:
             x = x - self._rows(offset, a, b)
         z = x / s
-        if (scale == 0).any():
+        if not scale.all():
             z = torch.where(s == 0, 0.0, z)
         return z.add_(self._rows(offset, a, b)) if offset is not None and self.spec.offset is Offset.CODE else z
 
@@ -375,7 +375,7 @@ class Lattice:
             return q
         if offset is not None and self.spec.offset is Offset.CODE:
             q = q - self._rows(offset, a, b)
-        q = q * self._rows(scale, a, b)
+        q = q.mul_(self._rows(scale, a, b)) if self._plain_int else q * self._rows(scale, a, b)
         return q + self._rows(offset, a, b) if offset is not None and self.spec.offset is Offset.VALUE else q
 
     def _block_points(self, z: Tensor) -> Tensor:
