@@ -103,12 +103,12 @@ def test_codes_are_those_of_the_inverse_cholesky_form(spec, static, K):
     K = K if K % 5 == 0 or spec.granularity.name != "group" else K - K % 5
     w, h = problem(12, K, dtype=torch.float64)
     order = h.diagonal().argsort(descending=True) if static else None
-    q = GPTQ(clip="none", act_order=static, damp=0.02).solve(w, spec, {"gram": h})
+    q = GPTQ(clip="none", act_order=static, damp=0.02, sweeps=0).solve(w, spec, {"gram": h})
     assert torch.equal(q.codes.to(torch.int8), textbook(w, h, spec, 0.02, order))
 
 
 @every_spec
-@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"sweeps": 2}], ids=["plain", "act-order", "sweeps"])
+@pytest.mark.parametrize("options", [{}, {"act_order": False}, {"sweeps": 0}, {"act_order": False, "sweeps": 0}], ids=str)
 def test_loss_is_below_nearest_for_correlated_inputs(spec, options):
     w, h = problem()
     nearest = RTN().solve(w, spec, {})
@@ -116,10 +116,10 @@ def test_loss_is_below_nearest_for_correlated_inputs(spec, options):
 
 
 @every_spec
-@pytest.mark.parametrize("options", [{}, {"static_groups": True}, {"act_order": True}], ids=["plain", "static", "act-order"])
+@pytest.mark.parametrize("options", [{}, {"act_order": False}, {"act_order": False, "static_groups": True}], ids=str)
 def test_uncorrelated_inputs_give_nearest(spec, options):
     w, _ = problem()
-    q, nearest = GPTQ(**options).solve(w, spec, {"gram": torch.eye(48)}), RTN().solve(w, spec, {})
+    q, nearest = GPTQ(sweeps=0, **options).solve(w, spec, {"gram": torch.eye(48)}), RTN().solve(w, spec, {})
     for name in nearest.parts:
         assert torch.equal(q.parts[name], nearest.parts[name]), name
         assert q.parts[name].dtype == nearest.parts[name].dtype, name
@@ -128,7 +128,7 @@ def test_uncorrelated_inputs_give_nearest(spec, options):
 @every_spec
 def test_the_same_inputs_give_the_same_bytes(spec):
     w, h = problem()
-    a, b = (GPTQ(sweeps=1).solve(w.clone(), spec, {"gram": h.clone()}) for _ in range(2))
+    a, b = (GPTQ().solve(w.clone(), spec, {"gram": h.clone()}) for _ in range(2))
     assert all(torch.equal(a.parts[name], b.parts[name]) for name in a.parts)
 
 
@@ -137,7 +137,7 @@ def test_inputs_are_left_as_they_were(dtype):
     w, h = problem()
     w = w.to(dtype)
     kept = w.clone(), h.clone()
-    GPTQ(sweeps=1, act_order=True).solve(w, int_weight(4, 16), {"gram": h}, torch.full_like(w, torch.nan))
+    GPTQ().solve(w, int_weight(4, 16), {"gram": h}, torch.full_like(w, torch.nan))
     assert torch.equal(w, kept[0]) and torch.equal(h, kept[1])
 
 
@@ -165,7 +165,7 @@ def test_a_swept_code_cannot_be_bettered_alone():
 
 def test_act_order_keeps_codes_where_the_weights_are():
     w, h = problem()
-    q = GPTQ(act_order=True).solve(w, int_weight(8, 16), {"gram": h})
+    q = GPTQ().solve(w, int_weight(8, 16), {"gram": h})
     assert (q.dequantize() - w).abs().max() < 0.1 * w.abs().max()
 
 
@@ -174,7 +174,7 @@ def test_act_order_rounds_the_heaviest_column_to_nearest():
     h[40] *= 30
     h[:, 40] *= 30
     spec = int_weight(4, 16)
-    q = GPTQ(act_order=True).solve(w, spec, {"gram": h})
+    q = GPTQ(sweeps=0).solve(w, spec, {"gram": h})
     nearest = quantize(w, spec, {"scale": q.parts["scale"]})
     assert torch.equal(q.codes[:, 40], nearest.codes[:, 40])
     assert not torch.equal(q.codes, nearest.codes)
@@ -183,14 +183,11 @@ def test_act_order_rounds_the_heaviest_column_to_nearest():
 def test_each_part_is_solved_with_its_own_gram():
     grams = torch.stack([problem(dtype=torch.float64, seed=s)[1] for s in range(3)])
     w, _ = problem(dtype=torch.float64)
-    for spec, options in ((SPECS["int4"], {"sweeps": 1}), (SPECS["codebook-block-triples"], {}), (SPECS["nvfp4"], {})):
+    for spec, options in ((SPECS["int4"], {"act_order": False}), (SPECS["codebook-block-triples"], {"act_order": False})):
         spec = replace(spec, granularity=Tile(4, 24)) if spec.format.per_block else spec
         whole = GPTQ(**options).solve(w, spec, {"gram": grams})
         for p in range(3):
             rows = slice(4 * p, 4 * p + 4)
-            upper = {"scale.scale": whole.parts["scale.scale"]} if "scale.scale" in whole.parts else {}
-            if upper:  # the tensor scale belongs to all parts together
-                continue
             assert torch.equal(whole.codes[rows], GPTQ(**options).solve(w[rows], spec, {"gram": grams[p]}).codes)
 
 
@@ -198,7 +195,7 @@ def test_depthwise_weights_have_one_row_for_each_gram():
     torch.manual_seed(0)
     X = torch.randn(64, 100, 9) @ torch.randn(64, 9, 9)
     w, h = torch.randn(64, 9), X.mT @ X / 100
-    q, nearest = GPTQ(sweeps=1).solve(w, int_weight(3), {"gram": h}), RTN().solve(w, int_weight(3), {})
+    q, nearest = GPTQ().solve(w, int_weight(3), {"gram": h}), RTN().solve(w, int_weight(3), {})
     per_part = lambda q: (((w - q.dequantize()).unsqueeze(1) @ h) @ (w - q.dequantize()).unsqueeze(2)).sum()
     assert per_part(q) < 0.7 * per_part(nearest)
 
@@ -210,7 +207,7 @@ def test_frozen_values_are_made_up_for_by_the_others():
     frozen[:4, 40] = 0.0
     standing = lambda q: torch.where(frozen.isnan(), q.dequantize(), frozen)
     for name in ("int4", "int3-zero-point", "nvfp4", "codebook", "codebook-pairs"):
-        for options in ({}, {"sweeps": 1}, {"act_order": True}):
+        for options in ({}, {"sweeps": 0}, {"act_order": False, "sweeps": 0}):
             knowing = GPTQ(**options).solve(w, SPECS[name], {"gram": h}, frozen)
             unaware = GPTQ(**options).solve(w, SPECS[name], {"gram": h})
             assert loss(w, standing(knowing), h) < 0.9 * loss(w, standing(unaware), h), (name, options)
@@ -229,7 +226,7 @@ def test_inputs_never_seen_are_rounded_to_nearest():
             q = GPTQ(damp=damp, **options).solve(w, SPECS["int4"], {"gram": h})
             nearest = quantize(w, SPECS["int4"], {"scale": q.parts["scale"]})
             assert torch.equal(q.codes[:, dead], nearest.codes[:, dead])
-    assert torch.equal(GPTQ().solve(w, SPECS["int4"], {"gram": torch.zeros(48, 48)}).codes, RTN().solve(w, SPECS["int4"], {}).codes)
+    assert torch.equal(GPTQ(sweeps=0).solve(w, SPECS["int4"], {"gram": torch.zeros(48, 48)}).codes, RTN().solve(w, SPECS["int4"], {}).codes)
 
 
 @every_spec
@@ -237,7 +234,7 @@ def test_degenerate_calibration_is_solved(spec):
     w, _ = problem()
     w[5] = 0
     x = torch.randn(1, 48)
-    q = GPTQ(sweeps=1).solve(w, spec, {"gram": x.T @ x})  # one row of inputs: rank 1
+    q = GPTQ().solve(w, spec, {"gram": x.T @ x})  # one row of inputs: rank 1
     assert torch.isfinite(q.dequantize()).all()
     assert loss(w, q, x.T @ x) < loss(w, RTN().solve(w, spec, {}), x.T @ x)
 
@@ -246,7 +243,7 @@ def test_degenerate_calibration_is_solved(spec):
 def test_any_shape(N, K):
     w, h = problem(N, K)
     for spec in (int_weight(4), SPECS["int4-tensor"], SPECS["int4-ragged-tiles"], SPECS["fp6"]):
-        q = GPTQ(sweeps=1).solve(w, spec, {"gram": h})
+        q = GPTQ().solve(w, spec, {"gram": h})
         assert q.shape == (N, K) and loss(w, q, h) <= loss(w, RTN().solve(w, spec, {}), h) * (1 + 1e-6)
 
 
@@ -286,7 +283,7 @@ def test_errors_name_both_sides():
         GPTQ(sweeps=-1)
 
 
-@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True), GPTQ(sweeps=1), GPTQ(clip="none", static_groups=True)], ids=repr)
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=False), GPTQ(sweeps=0), GPTQ(clip="none", act_order=False, static_groups=True)], ids=repr)
 def test_gptq_keeps_the_contract_of_solvers(solver):
     for spec in (SPECS["int4"], SPECS["int3-zero-point"], SPECS["nvfp4"]):
         check_solver(solver, spec)

@@ -52,10 +52,10 @@ class GPTQ(ScaleSearch):
 
     name: ClassVar[str] = "gptq"
     damp: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     static_groups: bool = False
     weighted: bool = True
-    sweeps: int = 0
+    sweeps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
