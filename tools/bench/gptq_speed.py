@@ -62,7 +62,7 @@ def main() -> None:
     spec = int_weight(a.bits, a.group)
     shape = {"shape": [a.rows, a.cols], "bits": a.bits, "group": a.group, "threads": a.threads, "load": round(os.getloadavg()[0], 2)}
 
-    variants = {"defaults": GPTQ(), "paper": GPTQ(clip="none", sweeps=0, act_order=False, weighted=False)}
+    variants = {"defaults": GPTQ(), "no sweep": GPTQ(sweeps=0), "paper": GPTQ(clip="none", sweeps=0, act_order=False, damp=0.01)}
     for name, solver in variants.items():
         seconds, q = best_seconds(lambda s=solver: s.solve(problem["weight"], spec, {"gram": problem["gram"]}), a.repeat)
         print(json.dumps({"tool": f"qcore {name}", "seconds": round(seconds, 2), "loss": loss(problem, q.dequantize()), **shape}), flush=True)

@@ -145,7 +145,7 @@ def test_inputs_are_left_as_they_were(dtype):
 def test_every_sweep_lowers_the_loss(spec):
     w, h = problem()
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(48)  # what the descent minimizes
-    losses = [loss(w, GPTQ(sweeps=n).solve(w, spec, {"gram": h}), damped) for n in range(4)]
+    losses = [loss(w, GPTQ(sweeps=n, damp=0.01).solve(w, spec, {"gram": h}), damped) for n in range(4)]
     assert losses[1] < losses[0]
     assert losses[2] <= losses[1] * (1 + 1e-5) and losses[3] <= losses[2] * (1 + 1e-5)  # float32 sums
 
@@ -154,7 +154,7 @@ def test_a_swept_code_cannot_be_bettered_alone():
     """After enough sweeps no single change of a code lowers the loss: all 16 codes of every weight are tried."""
     w, h = problem(4, 24, dtype=torch.float64)
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(24, dtype=torch.float64)
-    q = GPTQ(sweeps=30).solve(w, int_weight(4, 8, scale="float32"), {"gram": h})
+    q = GPTQ(sweeps=30, damp=0.01).solve(w, int_weight(4, 8, scale="float32"), {"gram": h})
     s = spread(q.scale().double(), (1, 8), (4, 24))
     delta = w - q.codes * s
     for code in range(-8, 8):
@@ -221,7 +221,7 @@ def test_inputs_never_seen_are_rounded_to_nearest():
     dead = [0, 31, 47]
     h[dead] = 0
     h[:, dead] = 0
-    for damp in (0.01, 0.0):
+    for damp in (0.03, 0.0):
         for options in ({}, {"act_order": True}, {"sweeps": 1}):
             q = GPTQ(damp=damp, **options).solve(w, SPECS["int4"], {"gram": h})
             nearest = quantize(w, SPECS["int4"], {"scale": q.parts["scale"]})
@@ -259,7 +259,7 @@ def test_damping_is_raised_until_the_gram_factors_and_the_value_is_told(caplog):
 
 def test_a_matrix_that_is_no_gram_is_an_error():
     w, h = problem()
-    with pytest.raises(CalibrationError, match="no Cholesky factor even with 10 times its mean diagonal"):
+    with pytest.raises(CalibrationError, match="no Cholesky factor even with 3 times its mean diagonal"):
         GPTQ().solve(w, SPECS["int4"], {"gram": h - 100 * h.diagonal().max() * (torch.ones(48, 48) - torch.eye(48))})
 
 
