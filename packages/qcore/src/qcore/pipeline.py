@@ -29,7 +29,7 @@ from qcore.modules import module_name, place, rebuild
 from qcore.modules.online import Online
 from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
 from qcore.numbers import QTensor, QuantSpec
-from qcore.numbers.tensor import concat_rows
+from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, split_rows
 from qcore.packing import first_that_accepts
 from qcore.recipe import Recipe
 from qcore.solvers.base import WeightSolver
@@ -221,9 +221,9 @@ class _Run:
         for stage in stages:
             with self.timed("observe"):
                 seen = self._observe_stage(stage, runner)
-            for site in stage:
-                with self.timed("solve"), at(site):
-                    solved[site] = self._solve_site(site, seen[site])
+            with self.timed("solve"):
+                for sites in self._together(stage, seen):
+                    solved |= self._solve_sites(sites, seen[sites[0]])
             if runner is not None:
                 runner.solved(stage)
         _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
@@ -265,43 +265,67 @@ class _Run:
         seen = runner.observe(wanted)
         return {site: seen[site.input] for site in stage}
 
-    def _solve_site(self, site: Site, seen: Seen) -> tuple[QTensor, SiteRecord]:
-        """Choose the codes of one weight, and let the float module hold the values that they stand for."""
+    def _together(self, stage: Sequence[Site], seen: Mapping[Site, Seen]) -> list[list[Site]]:
+        """The sites of a stage, those in one list that one solve serves: the same input, spec and solver, and rows that are solved apart anyway.
+
+        q, k and v are one matrix with more rows then: the same codes, in a third of the steps over columns.
+        """
+        groups: dict[Any, list[Site]] = {}
+        for site in stage:
+            spec, gram = self._spec(site), seen[site].get("gram")
+            shared = gram is not None and gram.ndim == 2 and rows_are_apart(spec)
+            key = (id(gram), spec, repr(self._solver(site))) if shared else site
+            groups.setdefault(key, []).append(site)
+        return list(groups.values())
+
+    def _solve_sites(self, sites: Sequence[Site], seen: Seen) -> dict[Site, tuple[QTensor, SiteRecord]]:
+        """Choose the codes of weights that share their input, and let the float modules hold the values that they stand for."""
+        matrices = [self._matrix(site) for site in sites]
+        for site, matrix in zip(sites, matrices, strict=True):
+            with at(site):
+                self._spec(site).check(tuple(matrix.shape))
+                require_finite(matrix)
+        started = time.perf_counter()
+        with at(", ".join(map(str, sites))):
+            q = self._solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self._spec(sites[0]), seen)
+        pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
+        seconds = (time.perf_counter() - started) / len(sites)
+        return {site: (piece, self._settle(site, m, piece, seen, seconds)) for site, m, piece in zip(sites, matrices, pieces, strict=True)}
+
+    def _matrix(self, site: Site) -> Tensor:
+        """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
-        spec = self._spec(site)
-        own = layout(owner, site.tensor)
         param = getattr(owner, site.tensor)
+        whole = layout(owner, site.tensor).matrix(param.detach())
+        rows = _rows(site, whole, param)
+        return whole if rows is None else whole[rows]
+
+    def _settle(self, site: Site, matrix: Tensor, q: QTensor, seen: Seen, seconds: float) -> SiteRecord:
+        """Put the values of the codes into the float module in place, and write down how well they do."""
+        owner = leaf_at(self.model, site.module)
+        own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
+        values = q.dequantize().to(matrix.dtype)
+        error, of = relative_error(matrix, values, seen.get("gram"))
         whole = own.matrix(param.detach())
         rows = _rows(site, whole, param)
-        matrix = whole if rows is None else whole[rows]
-        started = time.perf_counter()
-        solver = self._solver(site)
-        q = solver.solve(matrix, spec, seen)
-        values = q.dequantize().to(matrix.dtype)
-        seconds = time.perf_counter() - started
-        error, of = relative_error(matrix, values, seen.get("gram"))
         if rows is not None:
             whole = whole.clone()
             whole[rows] = values
-            values = whole
-        param.data = own.tensor(values, param.shape).contiguous()
-        record = SiteRecord(
+        param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
+        packing = self._packing(site, q.shape)
+        nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
+        return SiteRecord(
             site=str(site),
-            spec=str(spec),
-            solver=repr(solver),
-            packing="",
-            shape=tuple(matrix.shape),
+            spec=str(q.spec),
+            solver=repr(self._solver(site)),
+            packing=packing.name,
+            shape=q.shape,
             error=error,
             of=of,
-            bits=0.0,
-            nbytes=0,
+            bits=round(8 * nbytes / matrix.numel(), 4),
+            nbytes=nbytes,
             seconds=round(seconds, 4),
         )
-        packing = self._packing(site, tuple(matrix.shape))
-        parts = packing.pack(q)
-        nbytes = sum(t.numel() * t.element_size() for t in parts.values())
-        bits = 8 * nbytes / matrix.numel()
-        return q, SiteRecord(**{**record.__dict__, "packing": packing.name, "nbytes": nbytes, "bits": round(bits, 4)})
 
     def _replace(self, path: str, solved: Mapping[Site, QTensor]) -> None:
         """Put the packed module where the float leaf was."""
@@ -531,14 +555,15 @@ def _rows(site: Site, whole: Tensor, param: Tensor) -> Tensor | None:
 
 def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple[float, str]:
     """How much of the layer's output (or of the weight, without a Gram matrix) the codes lose, squared and relative."""
-    delta, w = (weight - values).double(), weight.double()
+    delta = weight - values
     if gram is None:
-        return float(delta.square().sum() / w.square().sum().clamp(min=1e-300)), "weight"
-    g = gram.to(w)
+        lost, whole = (float(t.double().square().sum()) for t in (delta, weight))
+        return lost / max(whole, 1e-300), "weight"
+    g = gram.to(weight)
     if g.ndim == 3:
-        delta, w = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, w))
-    lost, whole = (((t @ g) * t).sum() for t in (delta, w))
-    return float(lost / whole.clamp(min=1e-300)), "output"
+        delta, weight = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, weight))
+    lost, whole = (float(((t @ g) * t).double().sum()) for t in (delta, weight))
+    return lost / max(whole, 1e-300), "output"
 
 
 def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:

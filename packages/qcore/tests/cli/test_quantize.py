@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--set", "calibration.samples=8", "--set", "calibration.length=64", "--eval-tokens", "512", "--window", "64")
+SMALL = (
+    "--set",
+    "calibration.samples=8",
+    "--set",
+    "calibration.length=64",
+    "--set",
+    "calibration.starts=0",
+    "--eval-tokens",
+    "512",
+    "--window",
+    "64",
+)
 
 
 def files(folder: Path) -> list[str]:

@@ -112,6 +112,7 @@ class BlockFeed:
         self._hidden: list[Tensor] = []
         self._arguments: list[list[BlockInput]] = []  # [block][batch], hidden states left out of all but the first
         self._as_tuple = False
+        self.visited_once: set[tuple[Any, ...]] = set()  # kinds of stages in which a whole pass saw every site once
 
     @torch.no_grad()
     def start(self, run_block: Callable[[Block, BlockInput], Any] | None = None) -> None:
@@ -227,7 +228,11 @@ class BlockRunner:
         watchers = {site: [o.fresh() for o in observers] for site, observers in wanted.items() if observers}
         if not watchers:
             return {site: {} for site in wanted}
+        kind = (type(self.module), tuple((s.module.removeprefix(self.block.module), s.tensor, s.part) for s in watchers))
+        self._revisits = kind not in self.feed.visited_once  # nobody knows yet: the first pass runs to its end
         leader = self._pass(watchers, batch=0, leader={site: site for site in watchers}, probe=True)
+        if not self._revisits:
+            self.feed.visited_once.add(kind)
         for batch in range(1, len(self.feed.batches)):
             self._pass(watchers, batch, leader, probe=False)
         results: dict[Site, Seen] = {}
@@ -244,7 +249,8 @@ class BlockRunner:
     def _pass(self, watchers: Mapping[Site, Sequence[Observer]], batch: int, leader: dict[Site, Site], probe: bool) -> dict[Site, Site]:
         """One forward pass of one batch.
 
-        A probe runs to the end, and finds sites that see the very same tensor: from then on one of them observes for all.
+        A probe finds sites that see the very same tensor: from then on one of them observes for all.  The first probe of a kind of block runs to the
+        end, to see whether a site is visited twice.
         """
         leaders = {site for site in watchers if leader[site] == site}
         waiting = set(leaders)
@@ -252,10 +258,11 @@ class BlockRunner:
         found = dict(leader)
         visited: set[Site] = set()
         alive: list[Tensor] = []
+        revisited: list[Site] = []
 
         def see(site: Site, x: Tensor, weight: Tensor | None, rows_of: Callable[[Tensor], Tensor], rows: Tensor | None) -> None:
             if probe and site in visited:
-                self._revisits = True
+                revisited.append(site)
             elif probe:
                 key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version, rows_of, repr(watchers[site]))
                 found[site] = first_seen.setdefault(key, site)
@@ -264,7 +271,7 @@ class BlockRunner:
             if found[site] == site:
                 _update(watchers[site], x.detach(), rows_of, rows, weight)
             waiting.discard(site)
-            if not waiting and not probe and not self._revisits:
+            if not waiting and not self._revisits:
                 raise _StopForward
 
         with ExitStack() as stack:
@@ -273,6 +280,8 @@ class BlockRunner:
                 stack.callback(self._watch(site, see))
             with suppress(_StopForward):
                 self.feed.run(self.index, batch, self.module)
+        if probe:
+            self._revisits = bool(revisited)
         return found
 
     def _watch(self, site: Site, see: Callable[..., None]) -> Callable[[], None]:

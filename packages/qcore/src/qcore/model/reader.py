@@ -113,7 +113,7 @@ def owned_names(module: nn.Module, prefix: str, recurse: bool = True) -> list[tu
 
 @torch.no_grad()
 def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: torch.dtype | None = None, recurse: bool = True) -> None:
-    """Fill `module` in place with the reader's tensors; parameters are cast to `dtype` and buffers to what they were.  Without a dtype all come as they are stored.
+    """Fill `module` in place with the reader's tensors, as they are stored; with a `dtype`, parameters are cast to it and buffers to what they were.
 
     prefix: path of `module` in the whole model, so that names agree with the reader's; "" for the root
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcore.errors import SpecError
 from qcore.numbers.formats import NumberFormat
-from qcore.numbers.granularity import Shape, block_range, grid, repeat_blocks, spread, to_blocks
+from qcore.numbers.granularity import PerChannel, PerGroup, PerToken, Shape, Tile, block_range, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
 
@@ -240,6 +240,22 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
     """`x` on the spec's grid: quantize, then dequantize.  Same shape and dtype."""
     return quantize(x, spec, parts).dequantize().to(x.dtype)
+
+
+def rows_are_apart(spec: QuantSpec) -> bool:
+    """Whether each row of a matrix has scales, offsets and fitted parts of its own, so that rows can be solved together or one by one alike."""
+    if not spec.scaled:
+        return not spec.format.parts
+    g = spec.granularity
+    alone = isinstance(g, PerGroup | PerToken) or (isinstance(g, PerChannel) and g.axis in (0, -2)) or (isinstance(g, Tile) and g.rows == 1)
+    nested = isinstance(spec.scale, QuantSpec) and (spec.scale.scaled or bool(spec.scale.format.parts))
+    return alone and not nested and (not spec.format.parts or spec.format.per_block)
+
+
+def split_rows(q: QTensor, sizes: Sequence[int]) -> list[QTensor]:
+    """The pieces of a matrix whose rows are apart (`rows_are_apart`): [N1 + N2 + …, K] → [N1, K], [N2, K] …"""
+    pieces = {name: part.split(list(sizes)) for name, part in q.parts.items()}
+    return [QTensor(q.spec, {name: p[i] for name, p in pieces.items()}, (n, *q.shape[1:])) for i, n in enumerate(sizes)]
 
 
 def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
