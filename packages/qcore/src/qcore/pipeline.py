@@ -274,7 +274,7 @@ class _Run:
         for site in stage:
             spec, gram = self._spec(site), seen[site].get("gram")
             shared = gram is not None and gram.ndim == 2 and rows_are_apart(spec)
-            key = (id(gram), spec, repr(self._solver(site))) if shared else site
+            key = (id(gram), spec, id(self._solver(site))) if shared else site
             groups.setdefault(key, []).append(site)
         return list(groups.values())
 

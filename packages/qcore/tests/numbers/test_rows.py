@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from qcore.errors import SpecError
 from qcore.numbers import Codebook, Int, PerChannel, PerGroup, PerTensor, QuantSpec, Tile, int_weight, mx, nvfp4, quantize
 from qcore.numbers.tensor import concat_rows, rows_are_apart, split_rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer, Seen
-from qcore.errors import CalibrationError
+from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
@@ -113,6 +113,8 @@ class BlockFeed:
         self._arguments: list[list[BlockInput]] = []  # [block][batch], hidden states left out of all but the first
         self._as_tuple = False
         self.visited_once: set[tuple[Any, ...]] = set()  # kinds of stages in which a whole pass saw every site once
+        self.rests: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}  # what such a module returns beside it
+        self.tails: dict[tuple[Any, ...], dict[str, str]] = {}  # kind of block → {module: the leaf whose output it returns}
 
     @torch.no_grad()
     def start(self, run_block: Callable[[Block, BlockInput], Any] | None = None) -> None:
@@ -203,6 +205,22 @@ class _Replay(nn.Module):
         return self.output
 
 
+class _Resume(nn.Module):
+    """Stands in for a module that returns what its last leaf puts out: runs that leaf alone, on the input that was seen."""
+
+    leaf: nn.Module
+
+    def __init__(self, leaf: nn.Module, x: Tensor, rest: tuple[Any, ...] | None) -> None:
+        super().__init__()
+        # not a child: it stays where it is.  What was seen lies behind a module that was put before the leaf
+        self.__dict__["leaf"] = leaf.leaf if isinstance(leaf, Online) else leaf
+        self.x, self.rest = x, rest
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.leaf(self.x)
+        return y if self.rest is None else (y, *self.rest)
+
+
 class BlockRunner:
     """One block under calibration: passes over all batches, each stopped as early as can be.
 
@@ -219,6 +237,8 @@ class BlockRunner:
         self._final: list[str] = []  # paths of modules that need not be run again
         self._kept: dict[tuple[str, int], tuple[Any, list[int]]] = {}  # output and the versions of its tensors
         self._kept_bytes = 0
+        self._inputs: dict[tuple[str, int], tuple[Tensor, int]] = {}  # what leaves that end a module were seen to read, and its version
+        self._kind = (type(module), tuple(s.module.removeprefix(self.block.module) for s in self.sites))
         self._revisits = False  # a site is seen more than once in a pass: passes run to their end
 
     # observing -------------------------------------------------------------------------------------------------------------------------
@@ -236,15 +256,12 @@ class BlockRunner:
         for batch in range(1, len(self.feed.batches)):
             self._pass(watchers, batch, leader, probe=False)
         results: dict[Site, Seen] = {}
-        for site in wanted:
-            if site not in watchers:
-                results[site] = {}
-                continue
-            try:
-                results[site] = {o.name: o.result() for o in watchers[leader[site]]}
-            except CalibrationError as e:
-                raise CalibrationError(f"{site}: {e}") from e
-        return results
+        for site in watchers:
+            if leader[site] == site:
+                with at(site):
+                    results[site] = {o.name: o.result() for o in watchers[site]}
+        # sites that see the same tensor get the same result, the very same object
+        return {site: results[leader[site]] if site in watchers else {} for site in wanted}
 
     def _pass(self, watchers: Mapping[Site, Sequence[Observer]], batch: int, leader: dict[Site, Site], probe: bool) -> dict[Site, Site]:
         """One forward pass of one batch.
@@ -270,6 +287,8 @@ class BlockRunner:
             visited.add(site)
             if found[site] == site:
                 _update(watchers[site], x.detach(), rows_of, rows, weight)
+            if site.tensor == "input" and rows is None:
+                self._note_input(site.module, batch, x)
             waiting.discard(site)
             if not waiting and not self._revisits:
                 raise _StopForward
@@ -278,6 +297,8 @@ class BlockRunner:
             self._stand_in(batch, stack)
             for site in leaders:
                 stack.callback(self._watch(site, see))
+            if probe and self._kind not in self.feed.tails and not self.feed.rerun:
+                self._find_tails(stack)
             with suppress(_StopForward):
                 self.feed.run(self.index, batch, self.module)
         if probe:
@@ -304,6 +325,36 @@ class BlockRunner:
         watch = _Watch(lambda x, rows, weight: see(site, x, weight, _flat, rows))
         attach(owner, site.tensor, watch, site.part)
         return lambda: detach(owner, site.tensor, watch, site.part)
+
+    def _find_tails(self, stack: ExitStack) -> None:
+        """Learn from a pass that runs to its end which modules return just what one of the leaves inside put out."""
+        tails = self.feed.tails[self._kind] = {}
+        prefix, leaves = self.block.module, {s.module for s in self.sites if s.tensor == "weight" and s.part is None}
+        outputs: dict[int, tuple[str, Tensor]] = {}
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
+                if path in leaves and isinstance(first, Tensor):
+                    outputs[id(first)] = (path, first)
+                elif isinstance(first, Tensor) and id(first) in outputs and not any(isinstance(r, Tensor) for r in rest):
+                    leaf = outputs[id(first)][0]
+                    if path != prefix and within(leaf, path):
+                        tails[path.removeprefix(prefix)] = leaf.removeprefix(prefix)
+                        self.feed.rests[(self._kind, path.removeprefix(prefix))] = tuple(rest) if isinstance(output, tuple) else None
+
+            return hook
+
+        for path, module in self.module.named_modules(prefix=prefix):
+            stack.callback(module.register_forward_hook(note(path)).remove)
+
+    def _note_input(self, path: str, batch: int, x: Tensor) -> None:
+        """Keep what a leaf reads if a module ends with it: once the leaf is solved, the module can go on from here."""
+        if path.removeprefix(self.block.module) in self.feed.tails.get(self._kind, {}).values():
+            size = _nbytes(x)
+            if self._kept_bytes + size <= self.keep:
+                self._inputs[(path, batch)] = (x, x._version)
+                self._kept_bytes += size
 
     # going on ---------------------------------------------------------------------------------------------------------------------------
 
@@ -332,6 +383,16 @@ class BlockRunner:
                 self.feed.model.set_submodule(path, _Replay(kept[0]))
                 stack.callback(self.feed.model.set_submodule, path, original)
             else:
+                tail = self.feed.tails.get(self._kind, {}).get(path.removeprefix(self.block.module))
+                x, version = self._inputs.pop((f"{self.block.module}{tail}", batch), (None, 0)) if tail is not None else (None, 0)
+                if x is not None:
+                    self._kept_bytes -= _nbytes(x)
+                if x is not None and x._version == version:
+                    leaf = self.feed.model.get_submodule(f"{self.block.module}{tail}")
+                    resumed = _Resume(leaf, x, self.feed.rests[(self._kind, path.removeprefix(self.block.module))])
+                    self.feed.model.set_submodule(path, resumed)
+                    stack.callback(self.feed.model.set_submodule, path, original)
+                    original = resumed
 
                 def keep(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
                     size = _nbytes(output)
