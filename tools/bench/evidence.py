@@ -28,7 +28,7 @@ CACHE = ROOT / ".qcore-cache" / "evidence"
 ROOMS = [
     "packages/qcore/src/qcore/" + r for r in ("numbers", "model", "calibration", "transforms", "solvers", "packing", "modules", "ops", "pipeline.py")
 ]
-ROOMS += ["packages/qcore/src/qcore/evaluation/metrics.py", "packages/qplug-llm/src"]
+ROOMS += ["packages/qcore/src/qcore/evaluation/metrics.py", "packages/qcore/src/qcore/recipes", "packages/qplug-llm/src"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def code_version() -> str:
     h = hashlib.sha256()
     for room in ROOMS:
         path = ROOT / room
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for file in sorted([*path.rglob("*.py"), *path.rglob("*.toml")]) if path.is_dir() else [path]:
             h.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return h.hexdigest()[:12]
 
@@ -98,7 +98,7 @@ def missing(cells: list[Cell], code: str) -> list[Cell]:
 def measure(cell: Cell) -> dict[str, Any]:
     """Quantize, save, load again, and compare with the float model."""
     import torch
-    from qcore.calibration.text import TextFile, cut, encode, to_batches
+    from qcore.calibration.text import TextFile, cut, encode, start_batches, to_batches
     from qcore.checkpoint import load, save
     from qcore.evaluation import LanguageModeling, MemoryMeter
     from qcore.evaluation.store import Reference
@@ -106,6 +106,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     from qcore.modules import serve_in
     from qcore.pipeline import compute_dtype, float_forward, quantize_model
     from qcore.plugins import load_registry
+    from qcore.recipe import CalibrationSettings
     from qcore.recipe_file import load_recipe
 
     meter = MemoryMeter()
@@ -121,15 +122,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     else:
         assert loaded.calibration is not None and loaded.evaluation is not None
         calib, evaluation = loaded.calibration, loaded.evaluation
-        settings = type("S", (), {"samples": cell.samples, "length": cell.length, "batch": 8, "seed": cell.seed})()
-        windows = TextFile(calib).windows(loaded.tokenizer, settings)
-    task = LanguageModeling(cut(encode(loaded.tokenizer, evaluation.read_text(), str(evaluation)), cell.window)[: cell.windows])
+        windows = TextFile(calib).windows(loaded.tokenizer, CalibrationSettings(samples=cell.samples, length=cell.length, seed=cell.seed))
+    task = LanguageModeling(cut(encode(loaded.tokenizer, evaluation.read_text(), str(evaluation)), cell.window)[: cell.windows], batch=4)
     place = CACHE / f"reference-{cell.model}-{task.data()[:12]}"
     kept = (place / "reference.json").exists()
     reference = Reference.open(place) if kept else task.reference(float_forward(loaded, adapter), place)
     recipe = load_recipe(cell.recipe, registry, cell.overrides)
+    starts = start_batches(windows, recipe.calibration.starts, recipe.calibration.starts_weight, cell.seed)
     load_before, started = os.getloadavg()[0], time.perf_counter()
-    q = quantize_model(loaded, recipe, to_batches(windows, 8), registry=registry, adapter=adapter)
+    q = quantize_model(loaded, recipe, to_batches(windows, 8) + starts, registry=registry, adapter=adapter)
     seconds = time.perf_counter() - started
     memory = meter.to_dict()
     with tempfile.TemporaryDirectory() as folder:

@@ -109,7 +109,6 @@ def quantize_model(
     registry: Any,
     adapter: ModelAdapter | None = None,
     progress: Progress | None = None,
-    autocast: torch.dtype | None = None,
     journal: Journal | None = None,
 ) -> Quantized:
     """Quantize `loaded.model` in place, block by block, and return it with its record.
@@ -117,10 +116,9 @@ def quantize_model(
     batches:  calibration batches, as the adapter takes them; may be empty for data-free recipes
     registry: shelves of packings, kernels, modules and adapters (`qcore.plugins.load_registry()`)
     progress: called with (phase, done, total)
-    autocast: dtype of the matrix products while calibrating, such as torch.bfloat16; None = the compute dtype
     journal:  where finished blocks are kept; blocks that it holds are not computed again
     """
-    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), autocast, journal)
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal)
     with run.timed("transform"):
         run.fit_model_transforms()
     with run.timed("blocks"):
@@ -142,11 +140,10 @@ class _Run:
         registry: Any,
         adapter: ModelAdapter | None,
         progress: Progress,
-        autocast: torch.dtype | None,
         journal: Journal | None,
     ) -> None:
         self.loaded, self.recipe, self.batches, self.registry = loaded, recipe, batches, registry
-        self.progress, self.autocast, self.journal = progress, autocast, journal
+        self.progress, self.journal = progress, journal
         self.model = loaded.model.eval()
         self.adapter = adapter or adapter_for(self.model, registry.adapters)
         self.adapter.prepare(self.model)
@@ -447,7 +444,7 @@ class _Run:
         return observing or block_wants
 
     def _feed(self) -> BlockFeed:
-        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self.autocast)
+        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self._autocast())
 
         def run_block(block: Block, call: BlockInput) -> Any:
             self._install(block.module)
@@ -459,6 +456,12 @@ class _Run:
         with self.timed("inputs"):
             feed.start(run_block)
         return feed
+
+    def _autocast(self) -> torch.dtype | None:
+        """The dtype of matrix products while calibrating, None = that of the weights."""
+        wanted = self.recipe.calibration.precision
+        native = wanted == "auto" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if self.compute is torch.float32 and (wanted == "bfloat16" or native) else None
 
     def _observe_model(self, wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
         """One pass of the float model, as rewritten so far, block by block."""
