@@ -33,7 +33,7 @@ docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
 	uv run python tools/check_docs.py
 
 evidence:  ## compute the cells of docs/evidence that are missing
-	uv run python tools/bench/evidence.py
+	uv run --group evidence python tools/bench/evidence.py
 
 new-plugin:  ## start a plug-in: make new-plugin name=ternary
 	@test -n "$(name)" || { echo "give it a name: make new-plugin name=ternary"; exit 2; }

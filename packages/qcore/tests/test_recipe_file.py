@@ -210,7 +210,7 @@ MISTAKES = {
     "a value the class refuses": ("rules.0.format.bits=9", SpecError, r"rules\.0\.format: integers have 1 to 8 bits, got bits=9"),
     "a field of another class": ("rules.0.granularity.axis=1", SpecError, r"granularity 'group' has no field 'axis'; have: size"),
     "a rule that is not there": ("rules.3.float=true", SpecError, r"no entry '3' in an array of 1; entries count from 0"),
-    "a step into a number": ("solver.damp.x=1", SpecError, r"'x' is asked of 0\.01, which is a plain value"),
+    "a step into a number": ("rules.0.format.bits.x=1", SpecError, r"'x' is asked of 4, which is a plain value"),
     "no value": ("solver.damp", SpecError, r"not of the form a\.b\.c=value"),
     "a value that is not TOML": ("solver.damp=0..5", SpecError, r"'0\.\.5' is no TOML value"),
     "an unknown section": ("colour=1", SpecError, r"unknown key 'colour'; have: description"),
