@@ -282,6 +282,11 @@ def take_bytes(pieces: list[tuple[str, str]], limit: int) -> list[tuple[str, str
     return taken
 
 
+def without_links(text: str) -> str:
+    """The text without lines that are link targets of reStructuredText (`.. _name: https://…`): addresses are no prose."""
+    return re.sub(r"^\.\. _[^\n]*: https?://[^\n]*\n", "", text, flags=re.MULTILINE)
+
+
 def train_tokenizer(texts: list[str], folder: Path) -> Any:
     """Train the byte-level BPE tokenizer and save it for ``AutoTokenizer``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -358,6 +363,7 @@ def main() -> None:
     for name, pieces in (("train", train), ("calib", calib), ("eval", held)):
         random.Random(f"{args.seed}/{name}").shuffle(pieces)
     texts = {name: EOT.join(p for _, p in pieces) for name, pieces in (("train", train), ("calib", calib), ("eval", held))}
+    texts["calib"] = without_links(texts["calib"])
     (out / "calib.txt").write_text(texts["calib"], "utf-8")
     (out / "eval.txt").write_text(texts["eval"], "utf-8")
     (WORK / "train.txt").write_text(texts["train"], "utf-8")
