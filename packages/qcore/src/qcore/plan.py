@@ -315,6 +315,20 @@ class _Planner:
                 why = f"rule {own.sites!r} leaves its weight float" if own is not None else "no rule names its weight"
                 self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
 
+        # what the pipeline cannot do yet must not be wished for in silence
+        inside = [site for site in self.topology.activations if site in self.specs]
+        if inside:
+            self.problems.append(
+                f"rules name {len(inside)} tensors inside modules, such as {inside[0]}; activations are quantized only where weights read them "
+                "(sites like '*:input'); narrow the pattern"
+            )
+        static = [site.input for site in self.sites if site in self.specs and site.input in self.specs and self.specs[site.input].when == "static"]
+        if static:
+            self.problems.append(
+                f"{len(static)} inputs, such as {static[0]}, are to have static scales, which are not calibrated yet; "
+                'write when = "dynamic" in their rule'
+            )
+
     def _check_tensors(self) -> None:
         known = {name for name, *_ in owned_names(self.model, "")}
         known |= {f"{path}.{n}" if path else n for path, m in self.model.named_modules(remove_duplicate=False) for n in m._buffers}

@@ -240,8 +240,11 @@ def _built_beside(folder: Path, overwrite: bool) -> Iterator[Path]:
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         building.chmod(0o755)
         yield building
-        for path in [*sorted(building.rglob("*")), building]:
+        for path in sorted(building.rglob("*")):
+            if path.is_file():
+                shutil.copymode(building / MANIFEST, path)  # safetensors writes files that only their owner may read
             _sync(path)
+        _sync(building)
         _take_place(building, folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as e:
