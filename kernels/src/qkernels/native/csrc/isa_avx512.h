@@ -21,7 +21,11 @@ static inline I low4(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 static inline I high4(I a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 // acc + the dot product of 4 unsigned weights with 4 signed inputs, in each lane
 template <int BITS>
-static inline I dot4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+static inline I dot4(I acc, I w, I x) {
+  // as _mm512_dpbusd_epi32, for which GCC 12 copies every sum from one register to another and back
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
 // the signed code in bits 4j to 4j + 3 (8j to 8j + 7) of each lane
 template <int J>
 static inline F nibble(I v) {

@@ -10,6 +10,9 @@ namespace {
 
 #define QK_INLINE static inline __attribute__((always_inline))
 
+// without it GCC unrolls only after it has decided which arrays live in registers
+#define QK_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int64_t WIDTH = QK_NB * LANES;  // channels of a tile
 constexpr int64_t STRETCH = 128;          // inputs that are decoded to floats at one time
 
@@ -47,8 +50,10 @@ template <int J> struct Code<8, J> {
 
 template <int B, int J, int MR, int NB>
 QK_INLINE void multiply(const I (&v)[NB], const float* x, int64_t k, F (&sum)[2][MR][NB]) {
+  QK_UNROLL
   for (int b = 0; b < NB; b++) {
     F code = Code<B, J>::value(v[b]);
+    QK_UNROLL
     for (int m = 0; m < MR; m++) sum[J & 1][m][b] = f_fma(code, f_set1(x[m * k + Code<B, J>::at]), sum[J & 1][m][b]);
   }
   if constexpr (J + 1 < 32 / B) multiply<B, J + 1>(v, x, k, sum);
@@ -61,23 +66,30 @@ static void float_direct(const Weight& w, const float* x, const float* sums, int
   const int64_t groups = w.k / w.group, steps = w.group / STEP;
   const uint8_t* codes[NB];
   int64_t scales[NB];
+  QK_UNROLL
   for (int b = 0; b < NB; b++) {
     int64_t panel = least(p + b, p1 - 1);
     codes[b] = w.codes + panel * w.panel_bytes();
     scales[b] = panel * groups * LANES;
   }
   F total[MR][NB];
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
+    QK_UNROLL
     for (int b = 0; b < NB; b++) total[m][b] = f_zero();
   x += row * w.k;
   for (int64_t g = 0; g < groups; g++) {
     // two sums each, so that an addition need not wait for the one before
     F sum[2][MR][NB];
+    QK_UNROLL
     for (int h = 0; h < 2; h++)
+      QK_UNROLL
       for (int m = 0; m < MR; m++)
+        QK_UNROLL
         for (int b = 0; b < NB; b++) sum[h][m][b] = f_zero();
     for (int64_t i = 0; i < steps; i++) {
       I v[NB];
+      QK_UNROLL
       for (int b = 0; b < NB; b++) {
         v[b] = i_load(codes[b]);
         codes[b] += 64;
@@ -85,17 +97,21 @@ static void float_direct(const Weight& w, const float* x, const float* sums, int
       multiply<B, 0>(v, x, w.k, sum);
       x += STEP;
     }
+    QK_UNROLL
     for (int b = 0; b < NB; b++) {
       F s = scale_at(w, scales[b] + g * LANES);
+      QK_UNROLL
       for (int m = 0; m < MR; m++) total[m][b] = f_fma(f_add(sum[0][m][b], sum[1][m][b]), s, total[m][b]);
       if (w.shift) {
         F shift = f_load(w.shift + scales[b] + g * LANES);
+        QK_UNROLL
         for (int m = 0; m < MR; m++) total[m][b] = f_fma(shift, f_set1(sums[(row + m) * groups + g]), total[m][b]);
       }
     }
   }
   float values[LANES];
   for (int b = 0; b < NB && p + b < p1; b++)
+    QK_UNROLL
     for (int m = 0; m < MR; m++) {
       f_store(values, total[m][b]);
       put(out, w.n, row + m, (p + b) * LANES, values, LANES);
@@ -125,17 +141,24 @@ static void decode_stretch(const Weight& w, int64_t p, int64_t k0, int64_t k1, f
 template <int MR>
 static void float_tile(const float* x, int64_t stride, const float* values, int64_t count, float* c) {
   F sum[MR][QK_NB];
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
+    QK_UNROLL
     for (int b = 0; b < QK_NB; b++) sum[m][b] = f_load(c + m * WIDTH + b * LANES);
   for (int64_t k = 0; k < count; k++, values += WIDTH) {
     F v[QK_NB];
+    QK_UNROLL
     for (int b = 0; b < QK_NB; b++) v[b] = f_load(values + b * LANES);
+    QK_UNROLL
     for (int m = 0; m < MR; m++) {
       F a = f_set1(x[m * stride + k]);
+      QK_UNROLL
       for (int b = 0; b < QK_NB; b++) sum[m][b] = f_fma(v[b], a, sum[m][b]);
     }
   }
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
+    QK_UNROLL
     for (int b = 0; b < QK_NB; b++) f_store(c + m * WIDTH + b * LANES, sum[m][b]);
 }
 
@@ -153,6 +176,7 @@ static void float_buffered(const Weight& w, const float* x, int64_t t, int64_t p
     for (int64_t i = 0; i < rows * WIDTH; i++) c[i] = 0;
     for (int64_t k = 0; k < w.k; k += STRETCH) {
       const int64_t count = least(STRETCH, w.k - k);
+      QK_UNROLL
       for (int b = 0; b < QK_NB; b++) decode_stretch<B>(w, least(p + b, p1 - 1), k, k + count, values + b * LANES);
       for (int64_t m = 0; m < rows; m += QK_MR)
         float_tiles<QK_MR>(least(QK_MR, rows - m), x + (m0 + m) * w.k + k, w.k, values, count, c + m * WIDTH);
@@ -205,84 +229,105 @@ static void int_direct(const Weight& w, const Inputs& x, int64_t row, int64_t p,
   const int64_t groups = w.k / w.group, per_group = w.group / w.segment, steps = w.segment / STEP;
   const uint8_t* codes[NB];
   int64_t scales[NB];
+  QK_UNROLL
   for (int b = 0; b < NB; b++) {
     int64_t panel = least(p + b, p1 - 1);
     codes[b] = w.codes + panel * w.panel_bytes();
     scales[b] = panel * groups * LANES;
   }
   F total[MR][NB];
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
+    QK_UNROLL
     for (int b = 0; b < NB; b++) total[m][b] = f_zero();
   const int8_t* at = x.codes + row * w.k;
   const int32_t* sums = x.sums + row * x.segments;
   for (int64_t g = 0; g < groups; g++)
     for (int64_t q = 0; q < per_group; q++, sums++) {
       I sum[MR][NB];
+      QK_UNROLL
       for (int m = 0; m < MR; m++)
+        QK_UNROLL
         for (int b = 0; b < NB; b++) sum[m][b] = i_set1(-ZERO * sums[m * x.segments]);
       for (int64_t i = 0; i < steps; i++, at += STEP)
+        QK_UNROLL
         for (int b = 0; b < NB; b++) {
           I v = i_load(codes[b]);
           codes[b] += 64;
           if constexpr (B == 8) {
+            QK_UNROLL
             for (int m = 0; m < MR; m++) sum[m][b] = dot4<B>(sum[m][b], v, inputs_at(at + m * w.k));
           } else {
             I low = low4(v), high = high4(v);
+            QK_UNROLL
             for (int m = 0; m < MR; m++) {
               sum[m][b] = dot4<B>(sum[m][b], low, inputs_at(at + m * w.k));
               sum[m][b] = dot4<B>(sum[m][b], high, inputs_at(at + m * w.k + 4));
             }
           }
         }
+      QK_UNROLL
       for (int b = 0; b < NB; b++) {
         F s = scale_at(w, scales[b] + g * LANES);
+        QK_UNROLL
         for (int m = 0; m < MR; m++) total[m][b] = f_fma(i_to_f(sum[m][b]), s, total[m][b]);
         if (w.shift) {
           F shift = f_load(w.shift + scales[b] + g * LANES);
+          QK_UNROLL
           for (int m = 0; m < MR; m++) total[m][b] = f_fma(shift, f_set1((float)sums[m * x.segments]), total[m][b]);
         }
       }
     }
   float values[LANES];
   for (int b = 0; b < NB && p + b < p1; b++)
+    QK_UNROLL
     for (int m = 0; m < MR; m++) {
       f_store(values, f_mul(total[m][b], f_set1(x.scale[row + m])));
       put(out, w.n, row + m, (p + b) * LANES, values, LANES);
     }
 }
 
-// the sums of one segment, scaled and added to c
-QK_INLINE void add_scaled(const Weight& w, const F (&s)[QK_NB], const F (&shift)[QK_NB], int b, F sum, int32_t inputs, float* c) {
-  F total = f_fma(sum, s[b], f_load(c));
-  if (w.shift) total = f_fma(shift[b], f_set1((float)inputs), total);
-  f_store(c, total);
-}
-
-// one segment: count inputs of MR rows with QK_NB panels of unpacked bytes
+// One segment: count inputs of MR rows with QK_NB panels of unpacked bytes, scaled and added to c.  Not inlined: what the caller holds in registers
+// would push sums out of them.
 template <int B, int MR>
-static void int_tile(const Weight& w, const int8_t* x, const int32_t* sums, int64_t segments, const uint8_t* const* bytes, int64_t count, const F (&s)[QK_NB],
-                     const F (&shift)[QK_NB], float* c) {
+static __attribute__((noinline)) void int_tile(const int8_t* x, int64_t stride, const int32_t* sums, int64_t segments, const uint8_t* const* bytes,
+                                               int64_t count, const float* s, const float* shift, float* c) {
   constexpr int32_t ZERO = B == 4 ? 8 : 128;
   I sum[MR][QK_NB];
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
+    QK_UNROLL
     for (int b = 0; b < QK_NB; b++) sum[m][b] = i_set1(-ZERO * sums[m * segments]);
+  const uint8_t* at[QK_NB];
+  QK_UNROLL
+  for (int b = 0; b < QK_NB; b++) at[b] = bytes[b];
   for (int64_t k = 0; k < count; k += 4) {
     I v[QK_NB];
-    for (int b = 0; b < QK_NB; b++) v[b] = i_load(bytes[b] + k * LANES);
+    QK_UNROLL
+    for (int b = 0; b < QK_NB; b++) v[b] = i_load(at[b] + k * LANES);
+    QK_UNROLL
     for (int m = 0; m < MR; m++) {
-      I a = inputs_at(x + m * w.k + k);
+      I a = inputs_at(x + m * stride + k);
+      QK_UNROLL
       for (int b = 0; b < QK_NB; b++) sum[m][b] = dot4<B>(sum[m][b], v[b], a);
     }
   }
+  QK_UNROLL
   for (int m = 0; m < MR; m++)
-    for (int b = 0; b < QK_NB; b++) add_scaled(w, s, shift, b, i_to_f(sum[m][b]), sums[m * segments], c + m * WIDTH + b * LANES);
+    QK_UNROLL
+    for (int b = 0; b < QK_NB; b++) {
+      float* to = c + m * WIDTH + b * LANES;
+      F total = f_fma(i_to_f(sum[m][b]), f_load(s + b * LANES), f_load(to));
+      if (shift) total = f_fma(f_load(shift + b * LANES), f_set1((float)sums[m * segments]), total);
+      f_store(to, total);
+    }
 }
 
 template <int B, int MR>
-QK_INLINE void int_tiles(int64_t rows, const Weight& w, const int8_t* x, const int32_t* sums, int64_t segments, const uint8_t* const* bytes, int64_t count,
-                         const F (&s)[QK_NB], const F (&shift)[QK_NB], float* c) {
-  if (rows == MR) return int_tile<B, MR>(w, x, sums, segments, bytes, count, s, shift, c);
-  if constexpr (MR > 1) int_tiles<B, MR - 1>(rows, w, x, sums, segments, bytes, count, s, shift, c);
+QK_INLINE void int_tiles(int64_t rows, const int8_t* x, int64_t stride, const int32_t* sums, int64_t segments, const uint8_t* const* bytes,
+                         int64_t count, const float* s, const float* shift, float* c) {
+  if (rows == MR) return int_tile<B, MR>(x, stride, sums, segments, bytes, count, s, shift, c);
+  if constexpr (MR > 1) int_tiles<B, MR - 1>(rows, x, stride, sums, segments, bytes, count, s, shift, c);
 }
 
 template <int B>
@@ -296,12 +341,13 @@ static void int_buffered(const Weight& w, const Inputs& x, int64_t t, int64_t p,
     for (int64_t segment = 0; segment < x.segments; segment++) {
       const int64_t k = segment * w.segment, g = k / w.group;
       const uint8_t* bytes[QK_NB];
-      F s[QK_NB], shift[QK_NB];
+      alignas(64) float s[WIDTH], shift[WIDTH];
+      QK_UNROLL
       for (int b = 0; b < QK_NB; b++) {
         const int64_t panel = least(p + b, p1 - 1), index = (panel * groups + g) * LANES;
         bytes[b] = w.codes + panel * w.panel_bytes() + k * LANES * B / 8;
-        s[b] = scale_at(w, index);
-        shift[b] = w.shift ? f_load(w.shift + index) : f_zero();
+        f_store(s + b * LANES, scale_at(w, index));
+        if (w.shift) f_store(shift + b * LANES, f_load(w.shift + index));
         if constexpr (B == 4) {
           for (int64_t i = 0; i < w.segment / 8; i++) {
             I v = i_load(bytes[b] + i * 64);
@@ -312,8 +358,8 @@ static void int_buffered(const Weight& w, const Inputs& x, int64_t t, int64_t p,
         }
       }
       for (int64_t m = 0; m < rows; m += QK_MR)
-        int_tiles<B, QK_MR>(least(QK_MR, rows - m), w, x.codes + (m0 + m) * w.k + k, x.sums + (m0 + m) * x.segments + segment, x.segments, bytes, w.segment,
-                            s, shift, c + m * WIDTH);
+        int_tiles<B, QK_MR>(least(QK_MR, rows - m), x.codes + (m0 + m) * w.k + k, w.k, x.sums + (m0 + m) * x.segments + segment, x.segments, bytes,
+                            w.segment, s, w.shift ? shift : nullptr, c + m * WIDTH);
     }
     for (int64_t m = 0; m < rows; m++) {
       for (int64_t i = 0; i < WIDTH; i++) c[m * WIDTH + i] *= x.scale[m0 + m];
