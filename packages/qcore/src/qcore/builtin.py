@@ -56,9 +56,9 @@ def qcore_packings():
 
 @hookimpl
 def qcore_kernels():
-    from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
+    from qcore.ops import KERNELS
 
-    return [ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear]
+    return list(KERNELS)
 
 
 @hookimpl

@@ -8,7 +8,9 @@ import pytest
 import torch
 from qcore.checkpoint import Manifest, load, prove, save
 from qcore.modules import QuantizedLinear
+from qcore.modules.linear import as_stored
 from qcore.numbers import FP8_E4M3, Int, PerChannel, QuantSpec, Tile, fp8_activation, int_activation, int_weight, mx
+from qcore.ops import ReferenceLinear, TorchInt4Linear
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
@@ -52,7 +54,9 @@ def test_plain_transformers_gives_the_same_logits_bit_for_bit(spec, dtype, forma
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == dtype
     x = helpers.tokens()
-    assert torch.equal(logits(theirs, x), logits(model, x))
+    # transformers rounds the weight to its dtype and multiplies; a kernel of ours may keep more
+    with as_stored(model):
+        assert torch.equal(logits(theirs, x), logits(model, x))
     assert torch.equal(logits(load(tmp_path / "out", registry=registry), x), logits(model, x))
 
 
@@ -69,6 +73,7 @@ def test_a_model_quantized_in_float32_is_served_in_the_dtype_of_its_source(regis
 def test_the_4_bit_kernel_rounds_like_bfloat16_does(registry, tmp_path):
     spec = int_weight(4, 32, scale="bfloat16")
     model = quantized(registry, spec, dtype=torch.bfloat16)
+    registry.kernels = helpers.Shelf([TorchInt4Linear, ReferenceLinear])
     helpers.bind_all(model, registry, torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.explain().kernel.name == "torch-int4-linear"
     save(model, tmp_path / "out", companions=helpers.write_config(model), registry=registry, source="hf-config")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.checkpoint.manifest import MANIFEST, Manifest
-from qcore.errors import CheckpointError
+from qcore.errors import CheckpointError, NotFound
 from qcore.model import ModelAdapter, SafetensorsReader, TensorReader, materialize
 from qcore.model.reader import missing_names, owned_names
 from qcore.modules import place, rebuild
@@ -22,12 +22,14 @@ def load(
     adapter: ModelAdapter | None = None,
     device: torch.device | str = "cpu",
     registry: Any = None,
+    kernel: str | None = None,
 ) -> nn.Module:
     """The model that `save` wrote, ready to run.
 
     skeleton: the float architecture, whose parameters may be on meta; it is changed in place.  None = the checkpoint's own source rebuilds it
     adapter:  prepares the skeleton; None = the one that the checkpoint names
     registry: None = that of this installation
+    kernel:   name of a kernel that runs every layer it can; None = the best that keeps the results
 
     CheckpointError for whatever is truncated, corrupt, too new, not installed, or does not fit the skeleton.
     """
@@ -46,7 +48,7 @@ def load(
         )
     model.requires_grad_(False)
     model.to(device)
-    bind(model, manifest, registry, torch.device(device))
+    bind(model, manifest, registry, torch.device(device), kernel)
     return model.eval()
 
 
@@ -83,14 +85,19 @@ def tie(model: nn.Module, manifest: Manifest) -> None:
         slot[own] = value
 
 
-def bind(model: nn.Module, manifest: Manifest, registry: Any, device: torch.device) -> None:
-    """Choose the kernel of every module that runs one, in place."""
+def bind(model: nn.Module, manifest: Manifest, registry: Any, device: torch.device, wish: str | None = None) -> None:
+    """Choose the kernel of every module that runs one, in place.
+
+    wish: name of a kernel that goes first wherever it does not refuse
+    """
+    if wish is not None and wish not in registry.kernels:
+        raise NotFound(f"no kernel is called {wish!r}; there are: {', '.join(sorted(registry.kernels))}")
     if manifest.dtype not in DTYPES:
         raise CheckpointError(f"the manifest says dtype {manifest.dtype!r}; have: {', '.join(DTYPES)}")
     kernels = [kernel() for kernel in registry.kernels.values()]
     for path, module in model.named_modules():
         if path in manifest.modules and callable(choose := getattr(module, "bind", None)):
-            choose(kernels, device, DTYPES[manifest.dtype])
+            choose(kernels, device, DTYPES[manifest.dtype], wish)
 
 
 def _skeleton(folder: Path, manifest: Manifest, registry: Any) -> nn.Module:

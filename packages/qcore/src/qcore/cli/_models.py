@@ -30,9 +30,12 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def open_any(uri: str, own: "Registry", adapter: str | None = None) -> Opened:
-    """The model behind an address or in a folder, ready to run."""
-    return _open_checkpoint(Path(uri), own, adapter) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
+def open_any(uri: str, own: "Registry", adapter: str | None = None, kernel: str | None = None) -> Opened:
+    """The model behind an address or in a folder, ready to run.
+
+    kernel: of a checkpoint: which one goes first
+    """
+    return _open_checkpoint(Path(uri), own, adapter, kernel) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
 
 
 def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
@@ -46,7 +49,7 @@ def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
     return Opened(candidate, loaded.tokenizer, loaded.model, loaded.evaluation)
 
 
-def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None) -> Opened:
+def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel: str | None = None) -> Opened:
     import torch
 
     from qcore.checkpoint import MANIFEST, Manifest, load
@@ -56,7 +59,7 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None) -> Open
 
     manifest = Manifest.read(folder)
     # computed as float models are: what is compared is the quantization, not another rounding of sums
-    model = load(folder, registry=own)
+    model = load(folder, registry=own, kernel=kernel)
     serve_in(model, torch.float64 if manifest.dtype == "float64" else torch.float32)
     name = adapter or manifest.adapter
     if not name:

@@ -43,8 +43,19 @@ def compare(
             print(f"note: {row.name}: {note}")
 
 
-def run_compare(uris: Sequence[str], own: "Registry", text: Path | None, eval_tokens: int, window: int | None, adapter: str | None) -> "list[Row]":
-    """Open each model in its turn and measure it against the first."""
+def run_compare(
+    uris: Sequence[str],
+    own: "Registry",
+    text: Path | None,
+    eval_tokens: int,
+    window: int | None,
+    adapter: str | None,
+    kernel: str | None = None,
+) -> "list[Row]":
+    """Open each model in its turn and measure it against the first.
+
+    kernel: of the last one, if it is a checkpoint: which kernel goes first
+    """
     from qcore.calibration.text import TextFile
     from qcore.cli._models import open_any
     from qcore.cli._progress import progress
@@ -52,7 +63,7 @@ def run_compare(uris: Sequence[str], own: "Registry", text: Path | None, eval_to
     from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.evaluation import compare as compare_models
 
-    opened: dict[int, Any] = {0: open_any(uris[0], own, adapter)}
+    opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
     first = opened[0]
     path = text or first.evaluation
     if path is None:
@@ -62,7 +73,7 @@ def run_compare(uris: Sequence[str], own: "Registry", text: Path | None, eval_to
     del first
 
     def candidate(index: int) -> Any:
-        return (opened.pop(index) if index in opened else open_any(uris[index], own, adapter)).candidate
+        return (opened.pop(index) if index in opened else open_any(uris[index], own, adapter, kernel if index == len(uris) - 1 else None)).candidate
 
     with progress() as report, tempfile.TemporaryDirectory(prefix="qcore-reference-") as folder:
         return compare_models([lambda i=i: candidate(i) for i in range(len(uris))], task, Path(folder), report)  # type: ignore[misc]

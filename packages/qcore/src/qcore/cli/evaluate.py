@@ -14,6 +14,7 @@ def evaluate(
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
+    kernel: Annotated[str | None, typer.Option("--kernel", help="Run a checkpoint's layers by this kernel wherever it can.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model or a checkpoint on text: perplexity, and with --reference KL divergence and top-1 agreement.
@@ -23,7 +24,7 @@ def evaluate(
     from qcore.cli._show import print_json, scores_row, table
     from qcore.cli.compare import run_compare
 
-    rows = run_compare([reference or model, model] if reference else [model], registry(), text, eval_tokens, window, adapter)
+    rows = run_compare([reference or model, model] if reference else [model], registry(), text, eval_tokens, window, adapter, kernel)
     row = rows[-1]
     if as_json:
         print_json(row.to_dict())

@@ -71,13 +71,16 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     def out_features(self) -> int:
         return self.shape[0]
 
-    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def bind(
+        self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None, wish: str | None = None
+    ) -> Self:
         """Choose the best of `kernels` for this weight, in place; the stored parts stay as they are.
 
         device: where it will run; None = where the parts lie
         dtype:  of the inputs; None = as before: float32, or what the model was last converted to
+        wish:   name of a kernel that is taken wherever it does not refuse; it is remembered when the module moves
         """
-        self._kernels = tuple(kernels)
+        self._kernels, self._wish = tuple(kernels), wish
         lies = next(iter(self.stored().values())).device
         self._job = Job(
             op="linear",
@@ -89,7 +92,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
             dtype=dtype or self._job.dtype,
             unpack=partial(self.packing.unpack, spec=self.spec, shape=self.shape),
         )
-        self._choice = choose(self._kernels, self._job)
+        self._choice = choose(self._kernels, self._job, self._wish)
         self._prepare()
         return self
 
@@ -145,7 +148,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
         # what became of an empty tensor shows where the module goes, and in which dtype
         probe = fn(torch.empty(0, dtype=self._job.dtype, device=next(iter(self.stored().values())).device))
         super()._apply(fn, recurse)
-        self.bind(self._kernels, None if probe.is_meta else probe.device, probe.dtype)
+        self.bind(self._kernels, None if probe.is_meta else probe.device, probe.dtype, self._wish)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -163,12 +166,12 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
 @contextmanager
 def as_stored(model: nn.Module) -> Iterator[None]:
     """Inside, every QuantizedLinear of `model` multiplies float inputs with its dequantized weight: what is stored, apart from how it is run."""
-    kept = [(m, m.activation, m._kernels, m._job, m._choice, m._prepared) for m in model.modules() if isinstance(m, QuantizedLinear)]
+    kept = [(m, m.activation, m._kernels, m._wish, m._job, m._choice, m._prepared) for m in model.modules() if isinstance(m, QuantizedLinear)]
     try:
         for m, *_ in kept:
             m.activation = None
             m.bind([ReferenceLinear()])
         yield
     finally:
-        for m, activation, kernels, job, choice, prepared in kept:
-            m.activation, m._kernels, m._job, m._choice, m._prepared = activation, kernels, job, choice, prepared
+        for m, activation, kernels, wish, job, choice, prepared in kept:
+            m.activation, m._kernels, m._wish, m._job, m._choice, m._prepared = activation, kernels, wish, job, choice, prepared

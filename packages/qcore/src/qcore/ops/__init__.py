@@ -2,13 +2,19 @@
 
 from qcore.ops.activation import quantize_input, static_parts
 from qcore.ops.kernel import Choice, Job, Kernel, choose
-from qcore.ops.linear import KERNELS, ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
+from qcore.ops.linear import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
+from qcore.ops.native import NativeInt8ByWish, NativeInt8Linear, NativeWeightLinear
+
+KERNELS = (NativeInt8ByWish, NativeInt8Linear, NativeWeightLinear, TorchInt8DynamicLinear, TorchInt4Linear, ReferenceLinear)
 
 __all__ = [
     "KERNELS",
     "Choice",
     "Job",
     "Kernel",
+    "NativeInt8ByWish",
+    "NativeInt8Linear",
+    "NativeWeightLinear",
     "ReferenceLinear",
     "TorchInt4Linear",
     "TorchInt8DynamicLinear",

@@ -39,12 +39,14 @@ class Job:
 class Kernel(Protocol):
     """One way to run an op straight from packed parts.
 
-    rank: the lowest that does not refuse is chosen; the reference has 1000
+    rank:    the lowest that does not refuse is chosen; the reference has 1000
+    by_wish: it changes results beyond rounding, so it is chosen only by its name
     """
 
     name: ClassVar[str]
     op: ClassVar[str]
     rank: ClassVar[int]
+    by_wish: ClassVar[bool] = False
 
     def refuses(self, job: Job) -> str | None:
         """Why it cannot run the job, or None when it can."""
@@ -68,11 +70,16 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def choose(kernels: Iterable[Kernel], job: Job) -> Choice:
-    """The best kernel that can run the job; NotFound lists why none can."""
+def choose(kernels: Iterable[Kernel], job: Job, wish: str | None = None) -> Choice:
+    """The best kernel that can run the job; NotFound lists why none can.
+
+    wish: name of a kernel that is taken first, if it does not refuse; one with `by_wish` is never taken without
+    """
     refused: list[tuple[str, str]] = []
-    for kernel in sorted((k for k in kernels if k.op == job.op), key=lambda k: (k.rank, k.name)):
+    for kernel in sorted((k for k in kernels if k.op == job.op), key=lambda k: (k.name != wish, k.rank, k.name)):
         reason = kernel.refuses(job)
+        if reason is None and getattr(kernel, "by_wish", False) and kernel.name != wish:
+            reason = f"changes results; it runs only where it is asked for: kernel={kernel.name!r}"
         if reason is None:
             return Choice(kernel, tuple(refused))
         refused.append((kernel.name, reason))

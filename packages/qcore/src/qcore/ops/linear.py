@@ -1,9 +1,10 @@
-"""Kernels of y = x Ŵᵀ.
+"""Kernels of y = x Ŵᵀ from torch's own products, and the reference.
 
 | kernel | runs | rank | what it costs |
 |---|---|---|---|
 | torch-int8-dynamic-linear | int8 weights × int8 inputs per token, on CPU | 100 | no copy of the weight; exact sums |
 | torch-int4-linear | 4-bit groups, bfloat16 inputs, on CPU | 200 | a second copy of the codes, half a byte each |
+| native-… | integers of 2 to 8 bits, on CPU | 50 | see `ops/native.py` |
 | reference-linear | everything, everywhere | 1000 | N·K float32 values are made for each call |
 
 A kernel may round otherwise than the reference, never more coarsely than the dtype of x: what would need more refuses.
@@ -142,5 +143,3 @@ class TorchInt4Linear(Kernel):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, parts["codes"], job.weight.granularity.size, parts["scale_and_zero"])
         return y.reshape(*x.shape[:-1], -1)
 
-
-KERNELS = (TorchInt8DynamicLinear, TorchInt4Linear, ReferenceLinear)
