@@ -1,5 +1,9 @@
-"""The native kernels, where a compiler is: without one the build goes on, and the package runs on torch's own kernels."""
+"""The native kernels, where a compiler is: without one the build goes on, and the package runs on torch's own kernels.
 
+QKERNELS_NATIVE=required makes a failed compilation an error: for those who build wheels.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +22,7 @@ native = Extension(
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
     py_limited_api=True,
-    optional=True,
+    optional=os.environ.get("QKERNELS_NATIVE") != "required",
 )
 
 # the sources need GCC's or Clang's extensions
