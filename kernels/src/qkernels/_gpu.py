@@ -1,0 +1,62 @@
+"""What the Triton kernels have in common: checks of their arguments, tile sizes, and what is compiled to prove them without a device."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation of a kernel: what the report lists, and what must be in its assembly.
+
+    signature: argument → Triton type, in order, without the constants
+    mma:       it multiplies matrices, so tensor-core instructions have to be there
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    mma: bool
+    warps: int = 4
+    stages: int = 2
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def require(name: str, t: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """ValueError that names the argument, what it is and what is allowed.  shape: None = any size of that axis;  like: on the same device"""
+    fits = t.dim() == len(shape) and all(want is None or have == want for have, want in zip(t.shape, shape, strict=True))
+    if not fits or t.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+        raise ValueError(f"{name}: has shape {list(t.shape)}, {str(t.dtype).removeprefix('torch.')}; allowed: {wanted} of {allowed}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name}: is on {t.device}; allowed: {like.device}, where the first argument is")
+    if t.device.type == "cpu" and not interpreting():
+        raise ValueError(f"{name}: is on cpu; allowed: a GPU (or TRITON_INTERPRET=1 before the first import, for tests)")
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] → [T, K], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def block_of_group(group: int, least: int, most: int = 64) -> int:
+    """The largest power of two up to `most` that divides a group."""
+    size = most
+    while group % size:
+        size //= 2
+    if size < least:
+        raise ValueError(f"group: got {group}; allowed: multiples of {least}")
+    return size
