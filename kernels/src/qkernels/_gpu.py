@@ -60,3 +60,8 @@ def block_of_group(group: int, least: int, most: int = 64) -> int:
     if size < least:
         raise ValueError(f"group: got {group}; allowed: multiples of {least}")
     return size
+
+
+def warps_of(rows: int) -> int:
+    """Of a tile of so many rows and 64 columns; with 4, tiles of 64 rows hold all registers that a thread may have (tools/bench/triton_report.py)."""
+    return 4 if rows <= 16 else 8

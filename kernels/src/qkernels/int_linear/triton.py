@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, Case, block_of_group, require
+from qkernels._gpu import FLOATS, Case, block_of_group, require, warps_of
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def int_linear(
         raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
     if shift is not None:
         require("shift", shift, (n, groups), (torch.float32,), q)
-    block = block_of_group(k // groups, 32, 128)
+    block = block_of_group(k // groups, 32)
     y = torch.empty(t, n, dtype=dtype, device=q.device)
     if y.numel():
         bt = 16 if t <= 16 else 64
@@ -66,7 +66,7 @@ def int_linear(
         other = scale if shift is None else shift.contiguous()
         int_linear_kernel[(triton.cdiv(t, bt), triton.cdiv(n, 64))](
             q, x_scale, words, scale, other, y, t, n, k, words.shape[1], groups,
-            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=4, num_stages=2,
+            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
         )  # fmt: skip
     return y
 
@@ -76,6 +76,6 @@ def cases() -> list[Case]:
     for bits, rows in ((4, 16), (4, 64), (8, 64)):
         signature = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "words_ptr": "*i32", "scale_ptr": "*fp16", "shift_ptr": "*fp32", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("T", "N", "K", "stride_words", "groups"), "i32")
-        constants = {"GROUP": 128, "BITS": bits, "SHIFT": rows == 16, "BT": rows, "BN": 64, "BK": 128}
-        found.append(Case(f"int_linear int{bits} {rows} rows", int_linear_kernel, signature, constants, mma=True))
+        constants = {"GROUP": 128, "BITS": bits, "SHIFT": rows == 16, "BT": rows, "BN": 64, "BK": 64}
+        found.append(Case(f"int_linear int{bits} {rows} rows", int_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
     return found

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, HALVES, Case, block_of_group, require, rows_of
+from qkernels._gpu import FLOATS, HALVES, Case, block_of_group, require, rows_of, warps_of
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def weight_linear(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None 
         other = scale if shift is None else shift.contiguous()
         weight_linear_kernel[(triton.cdiv(rows.shape[0], bt), triton.cdiv(n, 64))](
             rows, words, scale, other, y, rows.shape[0], n, k, words.shape[1], groups,
-            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=4, num_stages=2,
+            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
 
@@ -75,5 +75,5 @@ def cases() -> list[Case]:
         signature = {"x_ptr": f"*{dtype}", "words_ptr": "*i32", "scale_ptr": "*fp16", "shift_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         signature |= dict.fromkeys(("T", "N", "K", "stride_words", "groups"), "i32")
         constants = {"GROUP": 128, "BITS": bits, "SHIFT": rows == 64, "BT": rows, "BN": 64, "BK": 64}
-        found.append(Case(f"weight_linear int{bits} {dtype} {rows} rows", weight_linear_kernel, signature, constants, mma=True))
+        found.append(Case(f"weight_linear int{bits} {dtype} {rows} rows", weight_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
     return found
