@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 
 def mend_interpreter() -> None:
-    """Triton 3.9: bfloat16 `tl.dot` multiplies bit patterns, and casts to bfloat16 and E4M3 do not round to nearest.  Source: none reported upstream."""
+    """Triton 3.9: bfloat16 `tl.dot` multiplies bit patterns, and casts to bfloat16 and E4M3 do not round to nearest."""
     import numpy as np
     import triton.language as tl
     import triton.runtime.interpreter as interpreter

@@ -72,7 +72,10 @@ def nvidia_registers(cubin: bytes) -> tuple[int, int]:
 
 
 def amd_registers(text: str) -> tuple[int, int]:
-    """(vector registers of a thread, bytes of private memory: what did not fit).  Scalar registers that are kept in lanes of a vector one cost no memory."""
+    """(vector registers of a thread, bytes of private memory: what did not fit).
+
+    Scalar registers that are kept in lanes of a vector one are not counted: they cost no memory.
+    """
     values = {name: int(v) for name, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     return values["vgpr_count"], values["private_segment_fixed_size"]
 

@@ -95,5 +95,7 @@ def cases() -> list[Case]:
         signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": "*u8", "tensor_scale_ptr": "*fp32", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("T", "N", "K"), "i32")
         constants = {"MX": mx, "BT": rows, "BN": 64, "BK": 64}
-        found.append(Case(f"fp4_linear {'mxfp4' if mx else 'nvfp4'} {rows} rows", fp4_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
+        found.append(
+            Case(f"fp4_linear {'mxfp4' if mx else 'nvfp4'} {rows} rows", fp4_linear_kernel, signature, constants, mma=True, warps=warps_of(rows))
+        )
     return found

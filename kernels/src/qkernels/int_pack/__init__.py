@@ -1,5 +1,5 @@
 """Integer codes of 1 to 16 bits in a dense bit stream, and back."""
 
-from qkernels.int_pack.reference import pack, packed_words, sign_extend, unpack
+from qkernels.int_pack.reference import dequantize, pack, packed_words, quantize_pack, sign_extend, unpack
 
-__all__ = ["pack", "packed_words", "sign_extend", "unpack"]
+__all__ = ["dequantize", "pack", "packed_words", "quantize_pack", "sign_extend", "unpack"]

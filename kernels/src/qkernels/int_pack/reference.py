@@ -119,3 +119,22 @@ def _unpack_rows(stream: Tensor, bits: int, count: int) -> Tensor:
         value = value & mask
         codes.append(value.to(torch.uint8) if bits <= 8 else value)
     return torch.stack(codes, -1).flatten(1)[:, :count]
+
+
+def quantize_pack(w: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+    """Round to the nearest code, ties to even, and pack codes + 2^(bits-1).
+
+    w:      [N, K] float
+    scale:  [N, K/G] float
+    return: [N, ceil(K·bits / 32)] int32
+    """
+    half = 1 << (bits - 1)
+    s = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], 1)
+    z = torch.where(s == 0, 0.0, w.float() / torch.where(s == 0, 1.0, s))
+    return pack(z.clamp(-half, half - 1).round().to(torch.int32) + half, bits, torch.int32)
+
+
+def dequantize(words: Tensor, scale: Tensor, *, bits: int, count: int) -> Tensor:
+    """The values [N, count] float32 that `quantize_pack`'s words stand for."""
+    codes = unpack(words, bits, count).float() - (1 << (bits - 1))
+    return codes * scale.float().repeat_interleave(count // scale.shape[1], 1)

@@ -127,9 +127,7 @@ def quantize_rows(x: Tensor, x_scale: Tensor | None = None, *, isa: str | None =
     if x.numel() == 0:
         return codes, scale.fill_(1)
     static = 0 if x_scale is None else x_scale.data_ptr()
-    status = extension().quantize(
-        isa_index(isa), x.data_ptr(), dtype, *x.shape, static, codes.data_ptr(), scale.data_ptr(), torch.get_num_threads()
-    )
+    status = extension().quantize(isa_index(isa), x.data_ptr(), dtype, *x.shape, static, codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
     if status == NOT_FINITE:
         raise ValueError("x: holds NaN or infinity, for which there is no int8 code; allowed: finite values")
     return codes, scale

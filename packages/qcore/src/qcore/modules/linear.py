@@ -71,9 +71,7 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
     def out_features(self) -> int:
         return self.shape[0]
 
-    def bind(
-        self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None, wish: str | None = None
-    ) -> Self:
+    def bind(self, kernels: Iterable[Kernel], device: torch.device | None = None, dtype: torch.dtype | None = None, wish: str | None = None) -> Self:
         """Choose the best of `kernels` for this weight, in place; the stored parts stay as they are.
 
         device: where it will run; None = where the parts lie

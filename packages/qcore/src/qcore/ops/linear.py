@@ -142,4 +142,3 @@ class TorchInt4Linear(Kernel):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, parts["codes"], job.weight.granularity.size, parts["scale_and_zero"])
         return y.reshape(*x.shape[:-1], -1)
-

@@ -1,0 +1,22 @@
+"""Each expert's rows through its own weight."""
+
+import torch
+from torch import Tensor
+
+from qkernels.weight_linear.reference import weight_linear
+
+
+def grouped_linear(x: Tensor, ends: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """y[t] = x[t] @ (codes[e] · scale[e])ᵀ, e the expert of row t.
+
+    x:      [T, K] float, rows of expert 0 first, then those of expert 1 …
+    ends:   [E] int32, where the rows of each expert end; the last is T
+    codes:  [E, N, K] int8
+    scale:  [E, N, K/G] float
+    return: [T, N], x.dtype
+    """
+    pieces, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        pieces.append(weight_linear(x[start:end], codes[expert], scale[expert]))
+        start = end
+    return torch.cat(pieces)

@@ -1,0 +1,84 @@
+"""The same on a GPU in one launch.  How many rows an expert has is read on the device, so the host waits for nothing."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkernels._gpu import FLOATS, HALVES, Case, block_of_group, require, warps_of
+
+
+@triton.jit
+def grouped_linear_kernel(
+    x_ptr, ends_ptr, tiles_ptr, words_ptr, scale_ptr, y_ptr, E, N, K, stride_words, groups,
+    GROUP: tl.constexpr, BITS: tl.constexpr, EXPERTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    PER: tl.constexpr = 32 // BITS
+    tile = tl.program_id(0)
+    # tiles_ptr: where the tiles of each expert end; as many as end before this one come before its expert
+    at = tl.arange(0, EXPERTS)
+    tile_ends = tl.load(tiles_ptr + at, mask=at < E, other=2147483647)
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    if expert < E:
+        first_tile = tl.load(tiles_ptr + expert - 1, mask=expert > 0, other=0)
+        first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert)
+        rt = first_row + (tile - first_tile) * BT + tl.arange(0, BT)
+        rn = tl.program_id(1) * BN + tl.arange(0, BN)
+        rk = tl.arange(0, BK)
+        bits = (rk % PER) * BITS
+        words_at = words_ptr + expert.to(tl.int64) * N * stride_words
+        scale_at = scale_ptr + expert.to(tl.int64) * N * groups
+        acc = tl.zeros((BT, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            x = tl.load(x_ptr + rt[:, None] * K + (k + rk)[None, :], mask=rt[:, None] < end, other=0.0)
+            words = tl.load(words_at + rn[None, :] * stride_words + ((k + rk) // PER)[:, None], mask=rn[None, :] < N, other=0)
+            codes = ((words >> bits[:, None]) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+            scale = tl.load(scale_at + rn * groups + k // GROUP, mask=rn < N, other=0.0).to(tl.float32)
+            acc = tl.dot(x, (codes.to(tl.float32) * scale[None, :]).to(x.dtype), acc)
+        tl.store(y_ptr + rt[:, None] * N + rn[None, :], acc.to(y_ptr.dtype.element_ty), mask=(rt[:, None] < end) & (rn[None, :] < N))
+
+
+def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+    """As `reference.grouped_linear`, but weights are rounded to x's dtype before they are multiplied.
+
+    x:     [T, K] float16 or bfloat16
+    ends:  [E] int32, ascending, the last one T: not checked, as that would wait for the device
+    words: [E, N, K·bits / 32] int32, codes + 2^(bits-1), lowest bits first (`int_pack.pack`)
+    scale: [E, N, K/G] float; G a multiple of 16
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits: got {bits}; allowed: 4, 8")
+    require("x", x, (None, None), HALVES)
+    t, k = x.shape
+    require("words", words, (None, None, k * bits // 32), (torch.int32,), x)
+    experts, n, _ = words.shape
+    require("ends", ends, (experts,), (torch.int32,), x)
+    require("scale", scale, (experts, n, None), FLOATS, x)
+    groups = scale.shape[2]
+    if groups == 0 or k % groups:
+        raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
+    block = block_of_group(k // groups, 16)
+    y = x.new_empty(t, n)
+    if y.numel():
+        bt = 16 if t <= 16 * experts else 64
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        tiles = ((counts + bt - 1) // bt).cumsum(0).to(torch.int32)
+        # at most one tile of each expert is not full
+        grid = (triton.cdiv(t, bt) + experts, triton.cdiv(n, 64))
+        words, scale = words.contiguous(), scale.contiguous()
+        grouped_linear_kernel[grid](
+            x.contiguous(), ends.contiguous(), tiles, words, scale, y, experts, n, k, words.shape[2], groups,
+            GROUP=k // groups, BITS=bits, EXPERTS=triton.next_power_of_2(experts), BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
+        )  # fmt: skip
+    return y
+
+
+def cases() -> list[Case]:
+    found = []
+    for rows in (16, 64):
+        signature = {"x_ptr": "*bf16", "ends_ptr": "*i32", "tiles_ptr": "*i32", "words_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": "*bf16"}
+        signature |= dict.fromkeys(("E", "N", "K", "stride_words", "groups"), "i32")
+        constants = {"GROUP": 128, "BITS": 4, "EXPERTS": 64, "BT": rows, "BN": 64, "BK": 64}
+        found.append(Case(f"grouped_linear int4 {rows} rows", grouped_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
+    return found
