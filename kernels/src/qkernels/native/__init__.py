@@ -4,6 +4,7 @@ Threads come from the OpenMP pool that torch itself uses, as many as `torch.get_
 `QKERNELS_ISA=avx2` (or another name of `instruction_sets`) takes another one than the best.
 """
 
+import importlib
 import os
 from functools import cache
 from pathlib import Path
@@ -21,12 +22,12 @@ NOT_FINITE = 1
 def _load() -> tuple[ModuleType | None, str | None]:
     """(the extension, why there is none)"""
     try:
-        from qkernels.native import _native
+        module = importlib.import_module("qkernels.native._native")
     except ImportError as e:
         return None, f"qkernels was installed without its native kernels ({e}); install it where a C++ compiler (GCC or Clang) is found"
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    _native.use_openmp_of(str(torch_cpu))
-    return _native, None
+    module.use_openmp_of(str(torch_cpu))
+    return module, None
 
 
 def extension() -> ModuleType:
