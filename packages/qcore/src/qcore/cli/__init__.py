@@ -62,7 +62,7 @@ def _say(message: str) -> None:
 
 def build() -> typer.Typer:
     """The command tree, without the plug-ins' commands."""
-    from qcore.cli import compare, evaluate, explain, methods, plan, plugins, quantize, recipes
+    from qcore.cli import bench, compare, evaluate, explain, methods, plan, plugins, quantize, recipes
 
     app = typer.Typer(
         name="qcore",
@@ -79,13 +79,14 @@ def build() -> typer.Typer:
     app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
     app.command("compare", short_help="Compare models with the first of them.")(compare.compare)
     app.command("explain", short_help="Show what runs a checkpoint, and why.")(explain.explain)
+    app.command("bench", short_help="Time a checkpoint's layers on this machine.")(bench.bench)
     app.add_typer(recipes.app, name="recipes", short_help="List recipes, or show one to start from.")
     app.add_typer(plugins.app, name="plugins", short_help="List plug-ins, or find out what is wrong.")
     app.command("methods", short_help="List all that a recipe may name.")(methods.methods)
     return app
 
 
-_OWN = {"quantize", "plan", "eval", "compare", "explain", "recipes", "plugins", "methods"}
+_OWN = {"quantize", "plan", "eval", "compare", "explain", "bench", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
