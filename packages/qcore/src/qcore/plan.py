@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcore.errors import NotFound, PlanError, QcoreError
+from qcore.budget import Budget, Work, choose_budget, footprint, too_small
+from qcore.calibration.ranges import range_observer
+from qcore.errors import NotFound, PlanError, QcoreError, SpecError
 from qcore.model.adapter import ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
@@ -74,7 +76,8 @@ class Plan:
     left_float:    parameter → why it stays float
     problems:      what must be mended first
     notes:         what is worth knowing
-    flops:         of calibration and solving, an estimate;  memory: bytes, an estimate
+    flops:         of calibration and solving, an estimate
+    budget:        memory, an estimate, and whether the model is streamed
     """
 
     model: str
@@ -88,7 +91,7 @@ class Plan:
     bytes_after: int = 0
     needs_data: bool = False
     flops: float = 0.0
-    memory: int = 0
+    budget: Budget | None = None
 
     @property
     def effective_bits(self) -> float | None:
@@ -147,7 +150,8 @@ class Plan:
             "problems": list(self.problems),
             "notes": list(self.notes),
             "size": {"before_bytes": self.bytes_before, "after_bytes": self.bytes_after, "effective_bits": self.effective_bits},
-            "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS, "memory_bytes": self.memory},
+            "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS},
+            "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
             "transforms": [asdict(t) for t in self.transforms],
             "sites": [asdict(d) for d in self.decisions],
@@ -163,13 +167,19 @@ def make_plan(
     *,
     has_data: bool = True,
     device: str = "cpu",
+    max_ram: int | None = None,
+    stream: bool = False,
+    eval_tokens: int = 0,
 ) -> Plan:
     """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
 
     has_data: whether there will be calibration batches
+    max_ram:  bytes that the run may take; None = what the machine can give
+    stream:   whether to stream a model that would fit
+    eval_tokens: that the models will be compared on
     """
     adapter.prepare(loaded.model)
-    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device)).plan()
+    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens).plan()
 
 
 @dataclass
@@ -180,6 +190,9 @@ class _Planner:
     registry: Registry
     has_data: bool
     device: torch.device
+    max_ram: int | None = None
+    stream: bool = False
+    eval_tokens: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
@@ -188,7 +201,7 @@ class _Planner:
         self.model = self.loaded.model
         self.sites = self.topology.sites
         self.all_sites = [s for site in self.sites for s in (site, site.input)] + list(self.topology.activations)
-        self.specs = self.recipe.specs_for(self.all_sites, str(self.loaded.dtype).removeprefix("torch."))
+        self.specs = self.recipe.wishes(self.topology, str(self.loaded.dtype).removeprefix("torch."))
         self.groups = tied_groups(self.model)
         self.packings = {name: cls() for name, cls in self.registry.packings.items()}
         self.kernels = [cls() for cls in self.registry.kernels.values()]
@@ -200,7 +213,7 @@ class _Planner:
         self._check_rules()
         self._check_tensors()
         uses = self._transforms()
-        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs)
+        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs) or bool(self._static)
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
@@ -216,7 +229,8 @@ class _Planner:
         self._flush_alike()
         left = self._left_float()
         before, after = self._sizes(decisions)
-        flops, memory = self._estimates(decisions, needs_data)
+        flops = self._flops(decisions, needs_data)
+        budget = self._budget(decisions, needs_data, after)
         return Plan(
             model=self.loaded.name,
             recipe=self.recipe.name,
@@ -229,7 +243,7 @@ class _Planner:
             bytes_after=after,
             needs_data=needs_data,
             flops=flops,
-            memory=memory,
+            budget=budget,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -315,19 +329,18 @@ class _Planner:
                 why = f"rule {own.sites!r} leaves its weight float" if own is not None else "no rule names its weight"
                 self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
 
-        # what the pipeline cannot do yet must not be wished for in silence
-        inside = [site for site in self.topology.activations if site in self.specs]
-        if inside:
-            self.problems.append(
-                f"rules name {len(inside)} tensors inside modules, such as {inside[0]}; activations are quantized only where weights read them "
-                "(sites like '*:input'); narrow the pattern"
-            )
-        static = [site.input for site in self.sites if site in self.specs and site.input in self.specs and self.specs[site.input].when == "static"]
-        if static:
-            self.problems.append(
-                f"{len(static)} inputs, such as {static[0]}, are to have static scales, which are not calibrated yet; "
-                'write when = "dynamic" in their rule'
-            )
+        for site in self._static:
+            own = self.recipe.rule_for(site)
+            try:
+                range_observer(self.specs[site], None if own is None else own.observer)
+            except SpecError as e:
+                self._problem(site, str(e))
+
+    @property
+    def _static(self) -> list[Site]:
+        """The activations whose scales are found while calibrating."""
+        inputs = [site.input for site in self.sites if site in self.specs]
+        return [s for s in dict.fromkeys([*inputs, *self.topology.activations]) if s in self.specs and self.specs[s].when == "static"]
 
     def _check_tensors(self) -> None:
         known = {name for name, *_ in owned_names(self.model, "")}
@@ -389,17 +402,32 @@ class _Planner:
         before = sum(p.numel() for p in self.model.parameters()) * self.itemsize
         return before, before + sum(d.bytes_after - d.bytes_before for d in decisions)
 
-    def _estimates(self, decisions: Sequence[Decision], needs_data: bool) -> tuple[float, int]:
+    def _budget(self, decisions: Sequence[Decision], needs_data: bool, packed: int) -> Budget:
+        settings, shapes = self.recipe.calibration, {d.site: d.shape for d in decisions}
+        sites = [s for s in self.sites if s in self.specs and str(s) in shapes]
+        solves = [(s, shapes[str(s)], any(getattr(o, "name", o) == "gram" for o in self._solver(s).observes)) for s in sites]
+        work = Work(
+            tokens=settings.samples * settings.length if needs_data else 0,
+            batch_tokens=settings.batch * settings.length if needs_data else 0,
+            eval_tokens=self.eval_tokens,
+            values=8 if self.loaded.dtype is torch.float64 else 4,
+        )
+        streams = all(b.feed == "previous" for b in self.topology.blocks)
+        estimate = footprint(self.model, self.topology, solves, packed, work)
+        if (problem := too_small(estimate, self.max_ram, streams=streams)) is not None:
+            self.problems.append(problem)
+        if self.stream and not streams:
+            self.problems.append("the blocks of this model are not fed by the block before alone, so it cannot be streamed; leave out --stream")
+        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream)
+
+    def _flops(self, decisions: Sequence[Decision], needs_data: bool) -> float:
         values = sum(d.values for d in decisions)
         settings = self.recipe.calibration
         tokens = settings.samples * settings.length if needs_data else 0
         grams = [d.shape[1] for d in decisions if needs_data]
         # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
         flops = 4.0 * values * tokens + sum(2.0 * k * k * tokens for k in grams) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
-        width = min((d.shape[1] for d in decisions), default=0)
-        total = sum(p.numel() for p in self.model.parameters())
-        memory = 4 * total + 8 * tokens * width + 8 * max((k * k for k in grams), default=0)
-        return flops + 100.0 * values, memory
+        return flops + 100.0 * values
 
     def _problem(self, site: Site, what: str) -> None:
         """Note a violation; those of the same wording become one line that counts its sites."""
