@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 PATHS ?= packages kernels
 
-.PHONY: help sync fix lint test slow bench docs evidence new-plugin
+.PHONY: help sync fix lint test slow native bench docs evidence new-plugin
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test:  ## tests on the CPU; PATHS=packages/qcore for a part of them
 
 slow:  ## the tests that take longer
 	uv run pytest -q -m slow
+
+native:  ## compile the C++ kernels into the source tree
+	cd kernels && uv run --with setuptools python setup.py -q build_ext --inplace
 
 bench:  ## time the kernels on this machine
 	uv run python tools/bench/kernels.py

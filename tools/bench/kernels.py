@@ -168,7 +168,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Kernels",
         "",
-        "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md`: milliseconds, medians of calls in turn.",
+        "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md`, and with `--generate`.",
+        "Milliseconds, medians of calls in turn; int8 inputs with their rounding.",
         f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}; "
         f"reads {record['read_gb_s']:.1f} GB/s. A shared machine: read ratios.",
         "",
@@ -183,7 +184,14 @@ def table(record: dict[str, Any]) -> str:
             lines.append(f"| {name} | {cells[0]} | {rate} | {cells[1]} | {cells[2]} |")
         lines.append("")
     if "tokens_per_second" in record:
-        lines += [f"## Tokens a second, {record['model']}", "", "`generate` with its cache, 16 tokens given, 64 made, one sequence.", "", "| | |", "|---|---|"]
+        lines += [
+            f"## Tokens a second, {record['model']}",
+            "",
+            "`generate` with its cache, 16 tokens given, 64 made, one sequence.",
+            "",
+            "| | |",
+            "|---|---|",
+        ]
         lines += [f"| {name} | {speed:.1f} |" for name, speed in record["tokens_per_second"].items()] + [""]
     return "\n".join(lines)
 

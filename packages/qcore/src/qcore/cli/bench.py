@@ -23,8 +23,8 @@ def bench(
 ) -> None:
     """Time every kernel that can run a checkpoint's layers, beside the float layer, for 1, 16 and 128 rows.
 
-    Each kind of layer (shape and spec) is measured once. One row is timed on copies of the weight that no cache holds, as in a model that is larger than
-    the caches; GB/s are bytes of the stored form over that time.
+    Each kind of layer (shape and spec) is measured once. One row is timed on copies of the weight that no cache holds, as in a large model; GB/s are
+    bytes that the kernel reads over that time.
 
     Example: qcore bench out/ --threads 2
     """
