@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from qcore.checkpoint import MANIFEST, Manifest, load, prove, save
-from qcore.errors import CheckpointError, SpecError
+from qcore.errors import CheckpointError, NotFound, SpecError
 from qcore.model import Tap, parameters_on_meta, tap
 from qcore.model.tap import attach
 from qcore.modules import QuantizedEmbedding, QuantizedLinear, Stored, quantized_leaf, serve_in
@@ -534,3 +534,11 @@ def test_registries_need_no_origin():
     from qcore.checkpoint.manifest import origins_of
 
     assert origins_of({"formats": {"int"}, "modules": set()}, SimpleNamespace(formats={})) == {"formats": {"int": ""}}
+
+
+def test_a_kernel_may_be_asked_for_by_name(registry, tmp_path):
+    save(quantized_net(), tmp_path / "out", registry=registry)
+    back = load(tmp_path / "out", skeleton=net(1), registry=registry, kernel="reference-linear")
+    assert back.mix.explain().kernel.name == "reference-linear"
+    with pytest.raises(NotFound, match=r"no kernel is called 'fast'; there are: .*reference-linear"):
+        load(tmp_path / "out", skeleton=net(1), registry=registry, kernel="fast")
