@@ -64,6 +64,8 @@ template <int B, int MR, int NB>
 static void float_direct(const Weight& w, const float* x, const float* sums, int64_t row, int64_t p, int64_t p1, Output out) {
   constexpr int64_t STEP = 32 / B;
   const int64_t groups = w.k / w.group, steps = w.group / STEP;
+  // the same place of the panels that come next: their streams are new to the processor's own prefetcher
+  const int64_t ahead = NB * w.panel_bytes();
   const uint8_t* codes[NB];
   int64_t scales[NB];
   QK_UNROLL
@@ -92,6 +94,7 @@ static void float_direct(const Weight& w, const float* x, const float* sums, int
       QK_UNROLL
       for (int b = 0; b < NB; b++) {
         v[b] = i_load(codes[b]);
+        __builtin_prefetch(codes[b] + ahead, 0, 2);
         codes[b] += 64;
       }
       multiply<B, 0>(v, x, w.k, sum);
@@ -227,6 +230,8 @@ static void int_direct(const Weight& w, const Inputs& x, int64_t row, int64_t p,
   constexpr int64_t STEP = 32 / B;
   constexpr int32_t ZERO = B == 4 ? 8 : 128;  // what the stored codes are raised by
   const int64_t groups = w.k / w.group, per_group = w.group / w.segment, steps = w.segment / STEP;
+  // the same place of the panels that come next: their streams are new to the processor's own prefetcher
+  const int64_t ahead = NB * w.panel_bytes();
   const uint8_t* codes[NB];
   int64_t scales[NB];
   QK_UNROLL
@@ -253,6 +258,7 @@ static void int_direct(const Weight& w, const Inputs& x, int64_t row, int64_t p,
         QK_UNROLL
         for (int b = 0; b < NB; b++) {
           I v = i_load(codes[b]);
+          __builtin_prefetch(codes[b] + ahead, 0, 2);
           codes[b] += 64;
           if constexpr (B == 8) {
             QK_UNROLL
