@@ -132,3 +132,36 @@ def quantize_rows(x: Tensor, x_scale: Tensor | None = None, *, isa: str | None =
     if status == NOT_FINITE:
         raise ValueError("x: holds NaN or infinity, for which there is no int8 code; allowed: finite values")
     return codes, scale
+
+
+@torch.library.custom_op("qkernels::linear", mutates_args=())
+def compiled_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    bits: int,
+    int8_inputs: bool,
+    x_scale: Tensor | None,
+) -> Tensor:
+    """`linear` as an operator that torch.compile keeps in its graph; called by itself it takes four times as long as `linear`."""
+    return linear(x, codes, scale, shift, (n, k), group, bits, int8_inputs=int8_inputs, x_scale=x_scale)
+
+
+@compiled_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    bits: int,
+    int8_inputs: bool,
+    x_scale: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)

@@ -108,6 +108,23 @@ def test_gradients_of_the_input_come_from_the_reference():
     torch.testing.assert_close(x.grad, q.dequantize().sum(0).expand(3, 64))
 
 
+def test_exported_programs_hold_no_native_call():
+    q = quantize(torch.randn(32, 64), int_weight(4, 32))
+    leaf = QuantizedLinear(CompressedPack().pack(q), q.spec, q.shape, CompressedPack()).bind([k() for k in KERNELS])
+    x, other = torch.randn(3, 64), torch.randn(3, 64)
+    exported = torch.export.export(leaf, (x,))
+    assert not any("qkernels" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(other), leaf(other), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_models_keep_the_kernel_in_one_graph():
+    q = quantize(torch.randn(32, 64), int_weight(4, 32))
+    leaf = QuantizedLinear(CompressedPack().pack(q), q.spec, q.shape, CompressedPack()).bind([k() for k in KERNELS])
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(leaf, backend="eager", fullgraph=True)(x), leaf(x))
+
+
 def test_what_has_no_code_is_an_error():
     job, parts = a_job(int_weight(4, 32), activation=int_activation())
     kernel = NativeInt8Linear()

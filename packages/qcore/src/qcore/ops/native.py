@@ -49,6 +49,17 @@ def _refuses_weight(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def _needs_the_reference(x: Tensor) -> bool:
+    """Shapes alone (meta), gradients of the input, and programs that are written down to run elsewhere: the reference is made of torch's own operators."""
+    return (
+        x.device.type != "cpu"
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+        or (type(x) not in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling())
+    )
+
+
 class NativeWeightLinear(Kernel):
     """Float inputs; the weight is decoded in registers, group by group, and never stored as floats."""
 
@@ -93,9 +104,13 @@ class NativeWeightLinear(Kernel):
         return dict(parts) | found | ({} if laid.shift is None else {SHIFT: laid.shift})
 
     def __call__(self, x: Tensor, parts: Mapping[str, Tensor], job: Job) -> Tensor:
-        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
-            # shapes alone (meta), or gradients of the input: the reference has both
+        if _needs_the_reference(x):
             return ReferenceLinear()(x, parts, job)
+        x_scale = parts.get(PREFIX + "scale") if self.int8_inputs else None
+        if torch.compiler.is_compiling():
+            n, k = job.shape
+            weight = parts[CODES], parts[SCALE], parts.get(SHIFT)
+            return native.compiled_linear(x, *weight, n, k, _group(job), _panel_bits(job.weight), self.int8_inputs, x_scale)
         try:
             return native.linear(
                 x,
@@ -106,7 +121,7 @@ class NativeWeightLinear(Kernel):
                 _group(job),
                 _panel_bits(job.weight),
                 int8_inputs=self.int8_inputs,
-                x_scale=parts.get(PREFIX + "scale") if self.int8_inputs else None,
+                x_scale=x_scale,
             )
         except ValueError as e:
             raise SpecError(f"{self.name}: {e}") from e
