@@ -50,7 +50,7 @@ def _refuses_weight(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
 
 
 def _needs_the_reference(x: Tensor) -> bool:
-    """Shapes alone (meta), gradients of the input, and programs that are written down to run elsewhere: the reference is made of torch's own operators."""
+    """Shapes alone (meta), gradients of the input, and programs that are written down to run elsewhere: it is made of torch's own operators."""
     return (
         x.device.type != "cpu"
         or (x.requires_grad and torch.is_grad_enabled())
