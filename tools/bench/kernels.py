@@ -171,7 +171,7 @@ def table(record: dict[str, Any]) -> str:
         "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md`, and with `--generate`.",
         "Milliseconds, medians of calls in turn; int8 inputs with their rounding.",
         f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}; "
-        f"reads {record['read_gb_s']:.1f} GB/s. A shared machine: read ratios.",
+        f"torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s. A shared machine: read ratios.",
         "",
     ]
     for shape in dict.fromkeys(r["shape"] for r in record["rows"]):
