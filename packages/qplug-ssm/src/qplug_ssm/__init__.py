@@ -5,9 +5,10 @@ from qcore.plugins import hookimpl
 
 @hookimpl
 def qcore_adapters():
+    from qplug_ssm.mamba_adapter import MambaAdapter
     from qplug_ssm.rwkv_adapter import RWKV4Adapter, RWKV6Adapter, RWKV7Adapter
 
-    return [RWKV4Adapter, RWKV6Adapter, RWKV7Adapter]
+    return [MambaAdapter, RWKV4Adapter, RWKV6Adapter, RWKV7Adapter]
 
 
 @hookimpl
@@ -20,5 +21,43 @@ def qcore_sources():
 @hookimpl
 def qcore_modules():
     from qplug_ssm.elementwise import QuantizedElementwise
+    from qplug_ssm.readout import RotatedReadout, SmoothSiLU
 
-    return [QuantizedElementwise]
+    return [QuantizedElementwise, RotatedReadout, SmoothSiLU]
+
+
+@hookimpl
+def qcore_observers():
+    from qplug_ssm.codebooks import ClippedSquare
+    from qplug_ssm.covariance import Covariance
+
+    return [ClippedSquare, Covariance]
+
+
+@hookimpl
+def qcore_transforms():
+    from qplug_ssm.klt import KLTRotate
+    from qplug_ssm.mambaquant import MambaSmooth, StateRotate
+
+    return [KLTRotate, MambaSmooth, StateRotate]
+
+
+@hookimpl
+def qcore_solvers():
+    from qplug_ssm.codebooks import WeightedCodebook
+
+    return [WeightedCodebook]
+
+
+@hookimpl
+def qcore_allocators():
+    from qplug_ssm.rwkvquant import RWKVQuant
+
+    return [RWKVQuant]
+
+
+@hookimpl
+def qcore_recipes():
+    from importlib.resources import files
+
+    return [files("qplug_ssm") / "recipes"]

@@ -1,11 +1,13 @@
-"""Random checkpoints in the layout of published RWKV files, and each version's recurrence written out once more, token by token.
+"""For tests: random checkpoints in the layout of published RWKV files, and tiny Mambas.
 
-The recurrences read the published tensors and share no code with the package.
+The recurrences here are written out once more, token by token, and share no code with the package.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 
@@ -126,3 +128,73 @@ def _step6(p: Tensors, x: Tensor, before: Tensor, S: Tensor, v_first: Tensor, la
         S[h] = kv + w[h].unsqueeze(1) * S[h]
     y = F.group_norm(torch.cat(out).unsqueeze(0), H, p["ln_x.weight"], p["ln_x.bias"], 64e-5)[0]
     return p["output.weight"] @ (y * g), S, v_first
+
+
+class VimMixer(nn.Module):
+    """Vim's bidirectional mixer (bimamba v2) with the published parameter names, functional as the original, written for clarity."""
+
+    def __init__(self, width: int, inner: int, rank: int, states: int, kernel: int = 4, if_divide_out: bool = False) -> None:
+        super().__init__()
+        self.if_divide_out = if_divide_out
+        self.in_proj, self.out_proj = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+        for tail in ("", "_b"):
+            self.add_module(f"conv1d{tail}", nn.Conv1d(inner, inner, kernel, groups=inner, padding=kernel - 1))
+            self.add_module(f"x_proj{tail}", nn.Linear(inner, rank + 2 * states, bias=False))
+            self.add_module(f"dt_proj{tail}", nn.Linear(rank, inner))
+            self.register_parameter(f"D{tail}", nn.Parameter(torch.ones(inner)))
+        self.A_log, self.A_b_log = nn.Parameter(torch.zeros(inner, states)), nn.Parameter(torch.zeros(inner, states))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, z = self.in_proj(hidden).chunk(2, -1)
+        y = self._one(x, z, "", self.A_log) + self._one(x.flip(1), z.flip(1), "_b", self.A_b_log).flip(1)
+        return self.out_proj(y / 2 if self.if_divide_out else y)
+
+    def _one(self, x: Tensor, z: Tensor, tail: str, a_log: Tensor) -> Tensor:
+        conv, x_proj, dt_proj = (getattr(self, f"{n}{tail}") for n in ("conv1d", "x_proj", "dt_proj"))
+        u = F.silu(F.conv1d(x.mT, conv.weight, conv.bias, padding=conv.padding[0], groups=conv.groups)[..., : x.shape[1]].mT)
+        states = a_log.shape[1]
+        delta, B, C = (u @ x_proj.weight.T).split([x_proj.out_features - 2 * states, states, states], -1)
+        delta = F.softplus(delta @ dt_proj.weight.T + dt_proj.bias)
+        h, rows = torch.zeros(len(x), *a_log.shape).to(x), []
+        for t in range(x.shape[1]):
+            h = torch.exp(-a_log.exp() * delta[:, t, :, None]) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+            rows.append((h * C[:, t, None]).sum(-1) + getattr(self, f"D{tail}") * u[:, t])
+        return torch.stack(rows, 1) * F.silu(z)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) ∘ weight, in the dtype of x: float64 stays float64."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, width: int, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = RMSNorm(width), mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+
+class TinyMamba(nn.Module):
+    """Tokens [B, T] → logits: an embedding, blocks around the mixers that `make` gives, a norm, a head.  All of it follows the dtype."""
+
+    def __init__(self, make: Callable[[], nn.Module], width: int = 24, layers: int = 2, vocabulary: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(MambaBlock(width, make()) for _ in range(layers))
+        self.norm, self.head = RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
