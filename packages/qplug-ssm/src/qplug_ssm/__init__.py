@@ -14,8 +14,9 @@ def qcore_adapters():
 @hookimpl
 def qcore_sources():
     from qplug_ssm.rwkv_files import RWKVFiles
+    from qplug_ssm.typeseg import TypeSegFile
 
-    return [RWKVFiles]
+    return [RWKVFiles, TypeSegFile]
 
 
 @hookimpl
