@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
-from qcore.checkpoint.journal import Journal
+from qcore.calibration.stream import StreamedModel
+from qcore.checkpoint.journal import FinishedBlocks, Journal
 from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
-from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
+from qcore.model.reader import DictReader, TensorReader, evaporate, materialize, materialize_outside, release, release_outside, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
@@ -78,6 +79,7 @@ class Quantized:
     sites: list[SiteRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    values: TensorReader | None = None  # of a streamed run: the tensors that the model has on meta
     choices: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +105,21 @@ def float_forward(loaded: LoadedModel, adapter: ModelAdapter) -> Callable[[Batch
     return forward
 
 
+def streamed_float(loaded: LoadedModel, adapter: ModelAdapter) -> StreamedModel:
+    """The float model, one block of it in memory at a time."""
+    adapter.prepare(loaded.model)
+    model, dtype = loaded.model.eval(), compute_dtype(loaded.dtype)
+    blocks = adapter.topology(model).blocks
+    ties = tied_groups(model)
+    materialize_outside(model, [model.get_submodule(b.module) for b in blocks], loaded.reader, dtype)
+    retie(model, ties)
+
+    def fill(block: Block) -> None:
+        materialize(model.get_submodule(block.module), block.module, loaded.reader, dtype)
+
+    return StreamedModel(model, adapter, blocks, fill)
+
+
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """What a model of this dtype is computed in while it is quantized: float32, or float64 where the model is."""
     return torch.float64 if stored is torch.float64 else torch.float32
@@ -118,6 +135,8 @@ def quantize_model(
     adapter: ModelAdapter | None = None,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    stream: bool = False,
+    keep: int = 2 << 30,
 ) -> Quantized:
     """Quantize `loaded.model` in place, block by block, and return it with its record.
 
@@ -125,8 +144,12 @@ def quantize_model(
     registry: shelves of packings, kernels, modules and adapters (`qcore.plugins.load_registry()`)
     progress: called with (phase, done, total)
     journal:  where finished blocks are kept; blocks that it holds are not computed again
+    stream:   keep one block in memory at a time: the model that comes back has its structure alone, its values are in `Quantized.values`
+    keep:     bytes of outputs inside a block that may be kept, so that solved layers need not be run again
     """
-    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal)
+    if stream and journal is None:
+        raise CalibrationError("a streamed run keeps its blocks in a journal; pass journal=Journal(folder, content)")
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep)
     with run.timed("transform"):
         run.fit_model_transforms()
     with run.timed("allocate"):
@@ -151,9 +174,11 @@ class _Run:
         adapter: ModelAdapter | None,
         progress: Progress,
         journal: Journal | None,
+        stream: bool,
+        keep: int,
     ) -> None:
         self.loaded, self.recipe, self.batches, self.registry = loaded, recipe, batches, registry
-        self.progress, self.journal = progress, journal
+        self.progress, self.journal, self.stream, self.keep = progress, journal, stream, keep
         self.model = loaded.model.eval()
         self.adapter = adapter or adapter_for(self.model, registry.adapters)
         self.adapter.prepare(self.model)
@@ -173,7 +198,7 @@ class _Run:
     def fit_model_transforms(self) -> None:
         """Fit the transforms of scope "model", each on the model that the one before leaves."""
         transforms = [t for t in self.recipe.transforms if t.scope == "model"]
-        kept = self.journal.rewrite() if self.journal else None
+        kept = self.journal.step("rewrite") if self.journal else None
         if kept is not None:
             self.result.rewrite = Rewrite.from_state(*kept)
             return
@@ -185,7 +210,7 @@ class _Run:
             found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
-            self.journal.keep_rewrite(*self.result.rewrite.state())
+            self.journal.keep_step("rewrite", *self.result.rewrite.state())
 
     def allocate(self) -> None:
         """Let the recipe's allocator choose spec and solver of the weights that are to be quantized; each choice is a rule after all others."""
@@ -205,20 +230,26 @@ class _Run:
     def solve_blocks(self) -> None:
         """Every block in its turn, on the outputs of the quantized blocks before it."""
         blocks = self.topology.blocks
-        self._settle_outside()
         needs_data = self._needs_data()
+        self._settle_outside(values=needs_data or not self.stream)
         done = self.journal.finished(len(blocks)) if self.journal else 0
         for index in range(done):
             assert self.journal is not None
             self._restore(blocks[index], *self.journal.block(index))
         feed = self._feed() if needs_data and done < len(blocks) else None
+        if self.stream and not any(b.feed == "rerun" for b in blocks):
+            self._release_outside()
         if feed is not None and done and not feed.rerun:
             assert self.journal is not None
-            feed.advance(self.journal.inputs(done))
+            feed.advance(self.journal.inputs(done, len(self.batches)))
         for index in range(done, len(blocks)):
             self.progress("block", index, len(blocks))
             self._solve_block(blocks[index], index, feed)
         self.progress("block", len(blocks), len(blocks))
+        if self.stream:
+            assert self.journal is not None
+            self._release_outside()
+            self.result.values = _StreamedValues(FinishedBlocks(self.journal, len(blocks)), self.reader, self.compute, self.loaded.dtype)
 
     def bind(self) -> None:
         """Let every quantized module choose its kernel."""
@@ -237,11 +268,10 @@ class _Run:
         module = self.model.get_submodule(block.module)
         materialize(module, block.module, self.reader, self.compute)
         stages = self._stages(block)
-        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage]) if feed is not None else None
-        outputs: list[Tensor] = []
+        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage], self.keep) if feed is not None else None
+        outputs: Sequence[Tensor] = []
         if runner is not None and self.recipe.propagate == "float":
-            with self.timed("advance"):
-                outputs = runner.outputs()
+            outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
@@ -257,21 +287,38 @@ class _Run:
         _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
         if runner is not None and self.recipe.propagate == "weights":
-            with self.timed("advance"):
-                outputs = runner.outputs()
+            outputs = self._outputs(runner, index)
         for path in dict.fromkeys(site.module for site in solved):
             with at(path):
                 self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path}, inputs)
         for site, handler in handlers.items():
             attach(self.model.get_submodule(site.module), site.tensor, handler, site.part)
         if feed is not None and self.recipe.propagate == "all":
-            with self.timed("advance"):
-                outputs = BlockRunner(feed, index, self.model.get_submodule(block.module), []).outputs()
+            outputs = self._outputs(BlockRunner(feed, index, self.model.get_submodule(block.module), []), index)
         if feed is not None:
             feed.advance(outputs)
         self.result.sites += [record for _, record in solved.values()]
         if self.journal:
-            self._journal_block(block, index, [record for _, record in solved.values()], outputs)
+            self._journal_block(block, index, [record for _, record in solved.values()])
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))
+
+    def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
+        """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""
+        if index + 1 == len(self.topology.blocks):
+            return []
+        with self.timed("advance"):
+            if self.journal is None:
+                return runner.outputs()
+            journal, kept = self.journal, []
+
+            def keep(batch: int, hidden: Tensor) -> None:
+                journal.keep_input(index + 1, batch, hidden)
+                if not self.stream:
+                    kept.append(hidden)
+
+            runner.outputs(keep)
+            return journal.inputs(index + 1, len(self.batches)) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
         for transform in self.recipe.transforms:
@@ -476,8 +523,8 @@ class _Run:
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
-    def _settle_outside(self) -> None:
-        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta."""
+    def _settle_outside(self, values: bool = True) -> None:
+        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta.  values: False = without weights"""
         held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
         rerun = any(b.feed == "rerun" for b in self.topology.blocks)
         for path, insert in list(self.result.rewrite.inserts.items()):
@@ -486,14 +533,21 @@ class _Run:
         if not rerun:
             for block in held:
                 release(block)
-        inside = {id(m) for block in held for m in block.modules()}
-        _materialize_outside(self.model, inside, self.reader, self.compute)
+        if not values:
+            retie(self.model, self._ties, self.result.rewrite.unties)
+            return
+        materialize_outside(self.model, held, self.reader, self.compute)
         retie(self.model, self._ties, self.result.rewrite.unties)
         _round_parameters(self.model, set(), "", self.loaded.dtype)
         if rerun:
             # later blocks are not reached by the passes of earlier ones, but a forward pass up to a block needs all before it
             for block in held:
                 release(block)
+
+    def _release_outside(self) -> None:
+        """Let go of the weights outside the blocks: they are read again when they are saved."""
+        release_outside(self.model, [self.model.get_submodule(b.module) for b in self.topology.blocks])
+        retie(self.model, self._ties, self.result.rewrite.unties)
 
     def _install(self, prefix: str) -> None:
         """Build the run-time modules that the rewrite inserts below `prefix`."""
@@ -540,8 +594,13 @@ class _Run:
                 materialize(module, block.module, self.reader, self.compute)
             return module(*call.args, **call.kwargs)
 
+        known = self.journal.step("feed") if self.journal else None
         with self.timed("inputs"):
-            feed.start(run_block)
+            feed.start(run_block, as_tuple=None if known is None else bool(known[1]["as_tuple"]))
+        if self.journal and known is None:
+            self.journal.keep_step("feed", {}, {"as_tuple": feed.as_tuple})
+        if self.stream and not feed.rerun:
+            release(self.model.get_submodule(self.topology.blocks[0].module))
         return feed
 
     def _autocast(self) -> torch.dtype | None:
@@ -560,14 +619,14 @@ class _Run:
             self._install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
-            runner = BlockRunner(feed, index, module)
+            runner = BlockRunner(feed, index, module, keep=self.keep)
             seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
         return seen
 
-    def _journal_block(self, block: Block, index: int, records: list[SiteRecord], outputs: list[Tensor]) -> None:
+    def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None
         module = self.model.get_submodule(block.module)
         modules = {}
@@ -576,14 +635,17 @@ class _Run:
             if name is not None:
                 modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
-        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
+        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]})
 
-    def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    def _restore(self, block: Block, tensors: TensorReader, data: dict[str, Any]) -> None:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
         self._installed |= {path for path in self.result.rewrite.inserts if within(path, block.module)}
-        materialize(self.model.get_submodule(block.module), block.module, DictReader(tensors))
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
+        else:
+            materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
 
     @contextmanager
@@ -593,6 +655,25 @@ class _Run:
             yield
         finally:
             self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+class _StreamedValues:
+    """The values of a streamed model: of finished blocks from the journal, of everything else as a run in memory would hold them."""
+
+    def __init__(self, blocks: FinishedBlocks, reader: TensorReader, compute: torch.dtype, stored: torch.dtype) -> None:
+        self._blocks, self._reader, self._compute, self._stored = blocks, reader, compute, stored
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self._blocks.names(), *self._reader.names()])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blocks or name in self._reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._blocks:
+            return self._blocks[name]
+        value = self._reader[name]
+        return value.to(self._compute).to(self._stored) if value.is_floating_point() else value
 
 
 class _Owners:
@@ -654,14 +735,6 @@ def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple
         delta, weight = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, weight))
     lost, whole = (float(((t @ g) * t).double().sum()) for t in (delta, weight))
     return lost / max(whole, 1e-300), "output"
-
-
-def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:
-    for path, m in model.named_modules():
-        if id(m) not in inside:
-            shallow = [n for n, p in m._parameters.items() if p is not None] + [n for n, b in m._buffers.items() if b is not None]
-            if shallow:
-                materialize(m, path, reader, dtype, recurse=False)
 
 
 def _round_parameters(module: nn.Module, solved: set[str], prefix: str, stored: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from qcore.errors import CheckpointError, NotFound, QcoreError
-from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
+from qcore.model.reader import DictReader, SafetensorsReader, TensorReader, weights_fingerprint
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
 from torch import Tensor, nn
 
@@ -55,6 +55,9 @@ class RenamedReader:
         if name not in self._names:
             raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {', '.join(list(self._names)[:3])}")
         return self._reader[self._names[name]]
+
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self._reader)
 
 
 class TransformersFolder(ModelSource):
@@ -220,14 +223,8 @@ def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
 
 def check_shapes(model: nn.Module, reader: SafetensorsReader, names: Mapping[str, str], folder: Path) -> None:
     """CheckpointError where a stored tensor has another shape than the configuration says."""
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(set(reader._where.values())):
-        with safe_open(file, framework="pt") as f:
-            shapes |= {n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
     for name, value in model.state_dict(keep_vars=True).items():
-        there = shapes[names[name]]
+        there = list(reader.info(names[name]).shape)
         if there != list(value.shape):
             raise CheckpointError(
                 f"{folder}: {names[name]} is {there}, config.json asks for {list(value.shape)}; weights and configuration are of different models"
