@@ -249,19 +249,18 @@ def test_a_whole_run_stores_scalars_vectors_and_element_wise_codebooks_and_loads
         torch.testing.assert_close(load(folder, skeleton=copy.deepcopy(model))(batches[0]), expected)
 
 
-def test_the_hybrid_is_no_worse_than_either_kind_alone(model, batches):
+def test_the_hybrid_beats_scalars_alone_for_a_part_of_what_vectors_alone_cost(model, batches):
+    """On this model GPTVQ's 3.5 bits are better than GPTQ's 3.25 for every weight: the hybrid buys most of that where it counts."""
     with torch.no_grad():
         reference = model(batches[0])
-        lost = {
-            name: float((run(model, batches, *over).model(batches[0]) - reference).square().mean())
-            for name, over in {
-                "hybrid": ("allocator.scalar_share=0.75",),
-                "scalar": ("allocator.scalar_share=1.0",),
-                "vector": ("allocator.scalar_share=0.0",),
-            }.items()
-        }
-    print(lost)
-    assert lost["hybrid"] <= 1.02 * min(lost["scalar"], lost["vector"]), lost
+        lost, bits = {}, {}
+        for share in (1.0, 0.75, 0.0):
+            done = run(model, batches, f"allocator.scalar_share={share}")
+            lost[share] = float((done.model(batches[0]) - reference).square().mean())
+            bits[share] = sum(8 * s.nbytes for s in done.sites)
+    assert bits[1.0] < bits[0.75] < bits[0.0]
+    saved, paid = (lost[1.0] - lost[0.75]) / (lost[1.0] - lost[0.0]), (bits[0.75] - bits[1.0]) / (bits[0.0] - bits[1.0])
+    assert lost[0.75] < lost[1.0] and saved > 1.5 * paid, (lost, bits)
 
 
 def test_the_plan_says_that_an_allocator_chooses(model):

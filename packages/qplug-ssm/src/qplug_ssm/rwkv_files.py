@@ -189,7 +189,8 @@ def read_config(folder: Path) -> Any:
     if kind not in kinds:
         raise CheckpointError(f"{path} is of model_type {kind!r}; versions of RWKV known here: {', '.join(kinds)}")
     known = {f.name for f in fields(kinds[kind])}
-    data.pop("quantization_config", None)
+    for written_by_qcore in ("quantization_config", "dtype"):
+        data.pop(written_by_qcore, None)
     if unknown := sorted(set(data) - known):
         raise CheckpointError(f"{path} has an unknown field {unknown[0]!r}; {kind} has: {', '.join(sorted(known))}")
     try:
