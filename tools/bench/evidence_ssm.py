@@ -5,7 +5,8 @@
     python tools/bench/evidence_ssm.py --page          the page again, from the cells
 
 tiny-rwkv: weights of about 3 bits; tiny-mamba and typeseg-mamba: 8-bit activations with one static scale for each tensor, 8- and 4-bit weights.
-Calibration is on qzoo's calib.txt, evaluation on eval.txt, last words on eval_novels.txt; seed 0.  Every model is saved and loaded before it is measured.
+Calibration is on qzoo's calib.txt, evaluation on eval.txt, last words on eval_novels.txt; seed 0.  Every model is saved and loaded before it is
+measured.
 """
 
 import argparse
@@ -37,7 +38,9 @@ RWKV = {
     "rwkvquant, crest rule": ("w3a16-rwkvquant", ('allocator.proxy="crest"',)),
 }
 QUAROT = '[{name="fold-norm"}, {name="hadamard", online=["*.out_proj:weight"]}]'
-ROTATED_ONLY = '[{name="fold-norm"}, {name="klt"}, {name="state-rotate"}, {name="hadamard", residual=false, inner=false, online=["*.out_proj:weight"]}]'
+ROTATED_ONLY = (
+    '[{name="fold-norm"}, {name="klt"}, {name="state-rotate"}, {name="hadamard", residual=false, inner=false, online=["*.out_proj:weight"]}]'
+)
 ACTIVATIONS = {
     "rtn": ("transforms=[]",),
     "smoothquant": ('transforms=[{name="smoothquant"}]',),
@@ -70,8 +73,14 @@ def measure_all(name: str, methods: dict[str, tuple[str, tuple[str, ...]]]) -> d
 
             whole["last_word_reference"], whole["passages"] = last_word_accuracy(forward, words), len(words)
         for label, (recipe, overrides) in methods.items():
-            cells.append({"label": label, "recipe": recipe, "overrides": list(overrides)} | measure(name, recipe, overrides, batches, task, reference, words))
-            print(f"{name}, {label}: {json.dumps(cells[-1]['scores'])} {cells[-1]['bits']:.3f} bits, {cells[-1]['seconds']} s", file=sys.stderr, flush=True)
+            cells.append(
+                {"label": label, "recipe": recipe, "overrides": list(overrides)} | measure(name, recipe, overrides, batches, task, reference, words)
+            )
+            print(
+                f"{name}, {label}: {json.dumps(cells[-1]['scores'])} {cells[-1]['bits']:.3f} bits, {cells[-1]['seconds']} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return whole | {"cells": cells}
 
 
@@ -144,8 +153,8 @@ def page() -> str:
     lines = [
         "# Evidence: state-space models",
         "",
-        "Made by `python tools/bench/evidence_ssm.py`: every figure is a cell in `ssm/`, with recipe and overrides. Each model is quantized, saved, loaded",
-        f"again, and compared with the float model on text that it was not calibrated on; calibration is {SAMPLES} windows of {LENGTH} tokens, seed 0.",
+        "Made by `python tools/bench/evidence_ssm.py`: every figure is a cell in `ssm/`, with recipe and overrides. Each model is quantized, saved,",
+        f"loaded again, and compared with the float model on other text than that of calibration ({SAMPLES} windows of {LENGTH} tokens, seed 0).",
         "",
     ]
     for name in MODELS:
@@ -170,7 +179,9 @@ def page() -> str:
             lines += ["| | bits | KL to float | ± s.e. | agreement | SQNR, dB |", "|---|---|---|---|---|---|"]
             for c in data["cells"]:
                 s = c["scores"]
-                lines.append(f"| {c['label']} | {c['bits']:.3f} | {s['kl']:.5f} | {s['kl_standard_error']:.5f} | {s['top1']:.4f} | {s['sqnr_db']:.2f} |")
+                lines.append(
+                    f"| {c['label']} | {c['bits']:.3f} | {s['kl']:.5f} | {s['kl_standard_error']:.5f} | {s['top1']:.4f} | {s['sqnr_db']:.2f} |"
+                )
         lines.append("")
         if name == "tiny-rwkv":
             lines += ["Which weights RWKVQuant stores how, by its two proxies:", "", "![proxies of tiny-rwkv's weights](ssm/proxies.svg)", ""]

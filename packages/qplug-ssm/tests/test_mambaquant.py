@@ -105,14 +105,18 @@ def test_the_function_stays(transforms, directions):
     assert rewrite.edits or rewrite.inserts
     assert same(model, other)
     # and something did change: every claim is about other numbers
-    changed = [n for n, p in other.named_parameters() if n in dict(model.named_parameters()) and not torch.equal(p, dict(model.named_parameters())[n])]
+    changed = [
+        n for n, p in other.named_parameters() if n in dict(model.named_parameters()) and not torch.equal(p, dict(model.named_parameters())[n])
+    ]
     assert changed or rewrite.inserts
 
 
 def test_transformers_mamba_is_rewritten_with_its_tied_head_and_decodes_as_before():
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=24, num_hidden_layers=2, state_size=8, time_step_rank=6, tie_word_embeddings=True))
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=24, num_hidden_layers=2, state_size=8, time_step_rank=6, tie_word_embeddings=True)
+    )
     model = randomize(model).double().eval().requires_grad_(False)
     ADAPTER.prepare(model)
     _, other = fitted(model, *EVERYTHING)
@@ -307,7 +311,9 @@ def test_state_rotation_spreads_an_outlying_channel_and_says_what_it_leaves_out(
 def test_what_is_not_there_is_noted():
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    config = Mamba2Config(vocab_size=32, hidden_size=24, num_hidden_layers=2, state_size=8, num_heads=6, head_dim=8, expand=2, n_groups=1, chunk_size=8)
+    config = Mamba2Config(
+        vocab_size=32, hidden_size=24, num_hidden_layers=2, state_size=8, num_heads=6, head_dim=8, expand=2, n_groups=1, chunk_size=8
+    )
     model = randomize(Mamba2ForCausalLM(config)).double().eval().requires_grad_(False)
     ADAPTER.prepare(model)
     rewrite, other = fitted(copy.deepcopy(model), SMOOTH)

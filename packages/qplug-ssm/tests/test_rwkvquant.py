@@ -76,7 +76,9 @@ def test_weights_of_different_sizes_are_thinned_to_the_same_number():
     small, large = (proxies(rand("uniform", n)) for n in (65536, 1 << 20))
     # evenly spaced order statistics of more numbers lie more evenly; never less
     assert large.coarse < small.coarse
-    assert proxies(rand("normal", 1 << 20), statistics=4096).coarse == pytest.approx(proxies(rand("normal", 1 << 18), statistics=4096).coarse, abs=0.3)
+    assert proxies(rand("normal", 1 << 20), statistics=4096).coarse == pytest.approx(
+        proxies(rand("normal", 1 << 18), statistics=4096).coarse, abs=0.3
+    )
 
 
 @pytest.mark.parametrize("w", [torch.zeros(0), torch.ones(1), torch.ones(2), torch.full((64,), 3.0)], ids=["none", "one", "two", "all alike"])
@@ -137,7 +139,7 @@ def test_bits_are_those_of_the_paper():
     assert scalar.bits_per_value(shape) == 3.25
     # codes, and 4 of 8 numbers of 8 bits for every 64 weights
     assert vector.bits_per_value(shape) + 4 * 8 / 64 == 3.5
-    assert 0.9 * 3.25 + 0.1 * 3.5 == pytest.approx(3.275)
+    assert pytest.approx(3.275) == 0.9 * 3.25 + 0.1 * 3.5
 
 
 def test_thresholds_by_hand_and_the_released_codes_rule():

@@ -62,3 +62,10 @@ def qcore_recipes():
     from importlib.resources import files
 
     return [files("qplug_ssm") / "recipes"]
+
+
+@hookimpl
+def qcore_kernels():
+    from qplug_ssm.kernels import CodebookLinear
+
+    return [CodebookLinear]

@@ -10,7 +10,6 @@ from qcore.errors import CalibrationError, SpecError
 from qcore.numbers import QTensor, QuantSpec, quantize
 from torch import Tensor
 
-
 _STEPS = 4  # bins for each doubling
 _LOWEST = -16  # log2 of the smallest magnitude that is told from zero
 _BINS = 32 * _STEPS

@@ -2,8 +2,8 @@
 
 With Cov = K Λ Kᵀ the covariance of channels, x K has the variances Λ, and x K H, for H orthogonal with entries ±1/√m, has the mean of Λ on every
 channel.  The other orientation, x (K H)ᵀ, keeps the function just as well and equalizes nothing.
-Source: https://arxiv.org/abs/2501.13484, section 4.2.  The released code has that other orientation at the Δ projection, takes the covariance from one
-batch and, for the residual stream, from the first layer alone; and it multiplies rotations of layers onto each other.
+Source: https://arxiv.org/abs/2501.13484, section 4.2.  The released code has that other orientation at the Δ projection, takes the covariance
+from one batch and, for the residual stream, from the first layer alone; and it multiplies rotations of layers onto each other.
 """
 
 from collections.abc import Mapping

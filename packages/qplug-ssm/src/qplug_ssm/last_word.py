@@ -32,7 +32,7 @@ def passages(text: str, tokenizer: Any, *, words: int = 60, shortest: int = 4, l
     spans = [m.span() for m in re.finditer(r"\S+", text)]
     for start in range(0, len(spans) - words + 1, words):
         run = spans[start : start + words]
-        ends = [m for m in re.finditer(rf" ([A-Za-z]{{{shortest},}})\b", text[run[0][0] : run[-1][1]])]
+        ends = list(re.finditer(rf" [A-Za-z]{{{shortest},}}\b", text[run[0][0] : run[-1][1]]))
         if not ends:
             continue
         whole = text[run[0][0] : run[0][0] + ends[-1].end()]

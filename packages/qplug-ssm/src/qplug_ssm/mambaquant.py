@@ -1,7 +1,7 @@
 """MambaQuant's transforms: smoothing whose scales the neighbours absorb, and rotations of the state.
 
-Source: https://arxiv.org/abs/2501.13484.  Residual and Δ are rotated by `KLTRotate`, the input of out_proj by qcore's `HadamardRotate(online=…)`.  All
-are exact rewrites, of the scope "model": smoothing comes first, then rotations, in the order of the recipe.
+Source: https://arxiv.org/abs/2501.13484.  Residual and Δ are rotated by `KLTRotate`, the input of out_proj by qcore's `HadamardRotate(online=…)`.
+All are exact rewrites, of the scope "model": smoothing comes first, then rotations, in the order of the recipe.
 Left out: S1 (the last rescaling of norm gains), which divides weights by their own maxima after the rotation, and the subtraction of means (Vim).
 """
 
@@ -48,8 +48,8 @@ class MambaSmooth(Transform):
     """Move the spread of activations into the weights that make or read them: s = max|x|^α / max|w|^(1-α).
 
     gate:   (S2) out_proj's input: z's rows of in_proj are divided by s, SiLU becomes x·σ(s∘x), out_proj takes s
-    states: (S4) h and C: rows of B divided, rows of C multiplied.  The recurrence is linear and diagonal, so a state that starts at zero simply is h/s,
-            whatever the step; a state from elsewhere must be divided by s once (`to_smoothed`)
+    states: (S4) h and C: rows of B divided, rows of C multiplied.  The recurrence is linear and diagonal, so a state that starts at zero simply is
+            h/s at every step; a state from elsewhere must be divided by s once (`to_smoothed`)
     delta:  (S5) δ between x_proj and dt_proj
     conv:   (S7) the convolution's input; its bias stays
     alpha:  0.5 as published
@@ -107,7 +107,9 @@ class MambaSmooth(Transform):
         writes = [Port(f"{path}.in_proj.{n}", "out", channels=z) for n in (("weight", "bias") if biased else ("weight",))]
         edits: dict[str, tuple[Edit, ...]] = {p.param: (Scale(p, 1 / s),) for p in writes}
         edits[f"{path}.out_proj.weight"] = (Scale(Port(f"{path}.out_proj.weight", "in"), s),)
-        return Rewrite(edits=edits, inserts={f"{path}.gate_act": Insert(ModuleConfig("smooth-silu", {"channels": inner}, {"s": s.float()}), "instead")})
+        return Rewrite(
+            edits=edits, inserts={f"{path}.gate_act": Insert(ModuleConfig("smooth-silu", {"channels": inner}, {"s": s.float()}), "instead")}
+        )
 
     def _states(self, path: str, mixer: SelectiveMixer, links: list[Link], seen: Mapping[Site, Seen]) -> Rewrite:
         rewrite = Rewrite()

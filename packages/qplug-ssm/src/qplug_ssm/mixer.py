@@ -160,10 +160,10 @@ def looks_like_mixer(module: nn.Module, parts: Sequence[str] = PARTS) -> bool:
     return all(getattr(module, name, None) is not None for name in parts) and getattr(module.A_log, "ndim", 0) == 2
 
 
-def adopted(module: nn.Module) -> SelectiveMixer:
+def adopted(module: Any) -> SelectiveMixer:
     """Our mixer of the parts of a transformers' or Vim mixer."""
-    states = int(module.A_log.shape[1])  # type: ignore[union-attr,index]
-    rank = int(module.dt_proj.in_features)  # type: ignore[arg-type,union-attr]
+    states = int(module.A_log.shape[1])
+    rank = int(module.dt_proj.in_features)
     both = getattr(module, "conv1d_b", None) is not None
     divide = 2.0 if both and getattr(module, "if_divide_out", False) else 1.0
     return SelectiveMixer.adopt(module, rank=rank, states=states, directions="both" if both else "forward", divide=divide)
