@@ -50,6 +50,21 @@ ACTIVATIONS = {
     "mambaquant": (),
 }
 MAMBA = {f"{w}, {label}": (f"mambaquant-{w}", over) for w in ("w8a8", "w4a8") for label, over in ACTIVATIONS.items()}
+READING = {
+    "tiny-rwkv": (
+        "Read: on this model RWKVQuant does not beat GPTQ alone. Its weights are all close to normal (no crest above 6, so the released rule finds",
+        "nothing to store as vectors), and vectors at 3.5 bits are no better here than integers at 3.25. Element-wise vectors at 3 bits cost 0.002",
+        "of KL, with weights or without. Last words tell nothing apart: the float model itself gets two in a hundred.",
+    ),
+    "tiny-mamba": (
+        "Read: rotations of the state and of out_proj's input are the large step, smoothing adds to them and helps little alone. SmoothQuant's own links",
+        "do not reach the gate or the state.",
+    ),
+    "typeseg-mamba": (
+        "Read: LayerNorms allow no rotation of the residual stream; what helps is inside the blocks. Smoothing on top of rotations matters with",
+        "4-bit weights.",
+    ),
+}
 MODELS = {"tiny-rwkv": RWKV, "tiny-mamba": MAMBA, "typeseg-mamba": MAMBA}
 
 
@@ -183,8 +198,28 @@ def page() -> str:
                     f"| {c['label']} | {c['bits']:.3f} | {s['kl']:.5f} | {s['kl_standard_error']:.5f} | {s['top1']:.4f} | {s['sqnr_db']:.2f} |"
                 )
         lines.append("")
+        lines += [*READING.get(name, ()), ""]
         if name == "tiny-rwkv":
             lines += ["Which weights RWKVQuant stores how, by its two proxies:", "", "![proxies of tiny-rwkv's weights](ssm/proxies.svg)", ""]
+    shapes = CELLS / "shapes.json"
+    if shapes.is_file():
+        lines += [
+            "## Random weights of published shapes",
+            "",
+            "Whole streamed runs from disk, one block in memory at a time, 8 sequences of 128 random tokens, one thread, other work beside:",
+            "`python tools/bench/ssm_shapes.py`. Nothing is said about quality. Peak memory is the kernel's counter, with Python, its libraries (0.56 GB)",
+            "and mapped files; anonymous memory was looked at between blocks.",
+            "",
+            "| | recipe | parameters | bits | seconds | peak GB | anonymous GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in json.loads(shapes.read_text()):
+            memory = row["memory"]
+            lines.append(
+                f"| {row['shape']} | {row['recipe']} | {row['parameters'] / 1e6:.0f} M | {row['bits']:.3f} | {row['seconds']:.0f} "
+                f"| {memory['peak_bytes'] / 1e9:.2f} | {memory['anonymous_bytes'] / 1e9:.2f} |"
+            )
+        lines.append("")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +31,9 @@ def write(shape: str, folder: Path) -> None:
         return
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16, time_step_rank=48))
-    randomize(model).bfloat16().save_pretrained(folder)
+    model: Any = MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16, time_step_rank=48))
+    randomize(model)
+    model.bfloat16().save_pretrained(folder)
 
 
 def run(shape: str, folder: Path) -> None:
