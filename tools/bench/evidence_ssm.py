@@ -57,8 +57,8 @@ READING = {
         "of KL, with weights or without. Last words tell nothing apart: the float model itself gets two in a hundred.",
     ),
     "tiny-mamba": (
-        "Read: rotations of the state and of out_proj's input are the large step, smoothing adds to them and helps little alone. SmoothQuant's own links",
-        "do not reach the gate or the state.",
+        "Read: rotations of the state and of out_proj's input are the large step, smoothing adds to them and helps little alone. SmoothQuant's own",
+        "links do not reach the gate or the state.",
     ),
     "typeseg-mamba": (
         "Read: LayerNorms allow no rotation of the residual stream; what helps is inside the blocks. Smoothing on top of rotations matters with",
@@ -207,7 +207,7 @@ def page() -> str:
             "## Random weights of published shapes",
             "",
             "Whole streamed runs from disk, one block in memory at a time, 8 sequences of 128 random tokens, one thread, other work beside:",
-            "`python tools/bench/ssm_shapes.py`. Nothing is said about quality. Peak memory is the kernel's counter, with Python, its libraries (0.56 GB)",
+            "`python tools/bench/ssm_shapes.py`. Nothing is said about quality. Peak memory is the kernel's counter, with Python, libraries (0.56 GB)",
             "and mapped files; anonymous memory was looked at between blocks.",
             "",
             "| | recipe | parameters | bits | seconds | peak GB | anonymous GB |",

@@ -266,4 +266,5 @@ class RWKV4Adapter(ModelAdapter):
     def _block(self, path: str) -> Block:
         att = tuple(Site(f"{path}.attention.{n}") for n in ("key", "value", "receptance"))
         ffn = tuple(Site(f"{path}.feed_forward.{n}") for n in ("key", "receptance"))
-        return Block(path, (att, (Site(f"{path}.attention.output"),), ffn, (Site(f"{path}.feed_forward.value"),)))
+        # a block returns three things, which transformers unpacks: only the model itself can run it
+        return Block(path, (att, (Site(f"{path}.attention.output"),), ffn, (Site(f"{path}.feed_forward.value"),)), feed="rerun")
