@@ -207,7 +207,7 @@ def page() -> str:
             "## Random weights of published shapes",
             "",
             "Whole streamed runs from disk, one block in memory at a time, 8 sequences of 128 random tokens, one thread, other work beside:",
-            "`python tools/bench/ssm_shapes.py`. Nothing is said about quality. Peak memory is the kernel's counter, with Python, libraries (0.56 GB)",
+            "`python tools/bench/ssm_shapes.py`. Nothing is said about quality. Peak memory is the kernel's counter, libraries (0.56 GB)",
             "and mapped files; anonymous memory was looked at between blocks.",
             "",
             "| | recipe | parameters | bits | seconds | peak GB | anonymous GB |",
