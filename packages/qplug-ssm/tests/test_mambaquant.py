@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from qcore.calibration.runner import BlockFeed, BlockRunner
 from qcore.errors import SpecError
 from qcore.model.reader import DictReader
+from qcore.modules.hadamard import OnlineHadamard
 from qcore.numbers import int_weight
-from qcore.numbers.hadamard import hadamard
+from qcore.numbers.hadamard import hadamard, random_signs
 from qcore.plugins import load_registry
 from qcore.testing import check_module, check_observer
 from qcore.testing.models import randomize
@@ -24,7 +25,7 @@ from qplug_ssm.klt import KLTRotate, equalizing_rotation, levelling
 from qplug_ssm.mamba_adapter import MambaAdapter
 from qplug_ssm.mambaquant import MambaSmooth, StateRotate, to_smoothed
 from qplug_ssm.mixer import SelectiveMixer
-from qplug_ssm.readout import Readout, RotatedReadout, SmoothSiLU, scan
+from qplug_ssm.readout import Readout, RotatedReadout, SmoothSiLU, hadamard_inverse, scan
 from qplug_ssm.testing import TinyMamba, VimMixer
 from torch import Tensor, nn
 
@@ -291,6 +292,13 @@ def test_rotated_readout_is_a_run_time_module_and_refuses_sizes_without_a_matrix
     check_module(module, torch.randn(2, 3, 12, 8), torch.randn(2, 3, 1, 8))
     with pytest.raises(SpecError, match=r"no Hadamard matrix of size 6 .* states"):
         RotatedReadout(12, 6)
+
+
+@pytest.mark.parametrize("n", [8, 12, 24, 384])
+def test_the_way_back_undoes_an_online_rotation(n):
+    online = OnlineHadamard(n, n, random_signs(n, 0)).double()
+    x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hadamard_inverse(online(x), online.signs), x, rtol=1e-12, atol=1e-12)
 
 
 def test_state_rotation_spreads_an_outlying_channel_and_says_what_it_leaves_out():

@@ -274,3 +274,25 @@ def test_the_plan_says_that_an_allocator_chooses(model):
 def test_the_recipe_survives_being_written_out():
     recipe = load_recipe("w3a16-rwkvquant", load_registry())
     assert parse_recipe(dump(recipe), load_registry(), "w3a16-rwkvquant") == recipe
+
+
+def test_a_run_that_goes_on_from_a_finished_block_chooses_the_same(model, batches, tmp_path):
+    from qcore.checkpoint.journal import Journal
+
+    def go(folder: Path):
+        recipe = load_recipe("w3a16-rwkvquant", load_registry())
+        journal = Journal(folder, {"run": 1})
+        try:
+            return quantize_model(
+                load_in_memory(copy.deepcopy(model)), recipe, batches, registry=load_registry(), adapter=RWKV7Adapter(), journal=journal
+            )
+        finally:
+            journal.close()
+
+    whole = go(tmp_path / "run")
+    for late in (tmp_path / "run").glob("block-00002*"):
+        late.unlink()
+    again = go(tmp_path / "run")
+    assert again.choices == whole.choices
+    one, other = whole.model.state_dict(), again.model.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

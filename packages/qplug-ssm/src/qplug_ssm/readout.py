@@ -7,7 +7,7 @@ import torch
 from qcore.errors import SpecError
 from qcore.model.tap import tap
 from qcore.modules.hadamard import OnlineHadamard
-from qcore.numbers.hadamard import core_size
+from qcore.numbers.hadamard import core_size, hadamard, transform
 from torch import Tensor, nn
 
 CHUNK = 32  # tokens whose states are held at once
@@ -81,10 +81,12 @@ class RotatedReadout(Readout):
 
 
 def hadamard_inverse(y: Tensor, signs: Tensor) -> Tensor:
-    """Undo x → (x ∘ signs)·Hᵀ along the last axis."""
-    from qcore.numbers.hadamard import hadamard
-
-    return (y @ hadamard(y.shape[-1]).to(y)) * signs.to(y.dtype)
+    """Undo x → (x ∘ signs)·Hᵀ along the last axis, without making H = H_k ⊗ H_{2^a}: the second factor is symmetric, the first is small."""
+    n = y.shape[-1]
+    k = core_size(n)
+    assert k is not None, n
+    blocks = transform(y.unflatten(-1, (k, n // k)))
+    return torch.einsum("...ka,kj->...ja", blocks, hadamard(k).to(y)).flatten(-2) * signs.to(y.dtype)
 
 
 class SmoothSiLU(nn.Module):
