@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from qcore.checkpoint import load, save
+from qcore.checkpoint.journal import Journal
 from qcore.errors import SpecError
 from qcore.model.topology import Site
 from qcore.numbers import Codebook, Int, LowRankCodebook, QuantSpec, Unscaled, quantize
@@ -276,22 +277,27 @@ def test_the_recipe_survives_being_written_out():
     assert parse_recipe(dump(recipe), load_registry(), "w3a16-rwkvquant") == recipe
 
 
-def test_a_run_that_goes_on_from_a_finished_block_chooses_the_same(model, batches, tmp_path):
-    from qcore.checkpoint.journal import Journal
+def test_a_run_that_goes_on_after_a_kill_chooses_the_same(model, batches, tmp_path):
+    class Killed(Exception):
+        pass
 
-    def go(folder: Path):
-        recipe = load_recipe("w3a16-rwkvquant", load_registry())
+    def go(folder: Path, kill: bool = False):
+        recipe, registry = load_recipe("w3a16-rwkvquant", load_registry()), load_registry()
         journal = Journal(folder, {"run": 1})
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if kill and phase == "block" and done == 2:
+                raise Killed
+
+        loaded = load_in_memory(copy.deepcopy(model))
         try:
-            return quantize_model(
-                load_in_memory(copy.deepcopy(model)), recipe, batches, registry=load_registry(), adapter=RWKV7Adapter(), journal=journal
-            )
+            return quantize_model(loaded, recipe, batches, registry=registry, adapter=RWKV7Adapter(), journal=journal, progress=progress)
         finally:
             journal.close()
 
-    whole = go(tmp_path / "run")
-    for late in (tmp_path / "run").glob("block-00002*"):
-        late.unlink()
+    whole = go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "run", kill=True)
     again = go(tmp_path / "run")
     assert again.choices == whole.choices
     one, other = whole.model.state_dict(), again.model.state_dict()

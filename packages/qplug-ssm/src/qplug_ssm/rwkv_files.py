@@ -15,8 +15,9 @@ from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
 from torch import Tensor, nn
 
+from qplug_ssm.rwkv_tokens import read_tokenizer, tokenizer_file
+
 _KINDS = ("rwkv7", "rwkv6")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 class RWKVFiles(ModelSource):
@@ -45,22 +46,20 @@ class RWKVFiles(ModelSource):
         model = build(config)
         reader = RWKVReader(stored, model, path)
         dtypes = {stored[f"blocks.0.att.{n}.weight"].dtype for n in ("key", "value")}
-        folder = path if path.is_dir() else path.parent
+        tokens = tokenizer_file(path if path.is_dir() else path.parent, config.vocab_size)
 
         def write(target: Path) -> None:
             target.mkdir(parents=True, exist_ok=True)
             (target / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-            if path.is_dir():
-                for name in _TOKENIZER:
-                    if (folder / name).is_file():
-                        (target / name).write_bytes((folder / name).read_bytes())
+            if tokens is not None:
+                (target / tokens.name).write_bytes(tokens.read_bytes())
 
         return LoadedModel(
             model=model,
             reader=reader,
             name=path.resolve().stem if path.is_file() else path.resolve().name,
             dtype=dtypes.pop(),
-            tokenizer=self.tokenizer(folder) if path.is_dir() else None,
+            tokenizer=read_tokenizer(tokens),
             source=self.name,
             write_companions=write,
         )
@@ -69,27 +68,7 @@ class RWKVFiles(ModelSource):
         return build(read_config(folder))
 
     def tokenizer(self, folder: Path) -> Any:
-        if not (folder / "tokenizer.json").is_file():
-            return None
-        from tokenizers import Tokenizer
-
-        try:
-            return Tokens(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        except Exception as e:  # tokenizers raises what it likes
-            raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read ({e}); fetch it again") from e
-
-
-class Tokens:
-    """A `tokenizers.Tokenizer`, as what qcore asks of one."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(ids))
+        return read_tokenizer(tokenizer_file(folder))
 
 
 class RWKVReader:
