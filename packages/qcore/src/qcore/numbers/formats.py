@@ -291,9 +291,9 @@ class Codebook(NumberFormat):
 
 @dataclass(frozen=True)
 class LowRankCodebook(NumberFormat):
-    """A codebook of 2**bits numbers for each block; the books of all blocks are rows of one matrix, stored as 8-bit factors of a few of its components.
+    """A codebook of 2**bits numbers for each block, stored in 8 bits: the books of all blocks are rows of one matrix with few components.
 
-    Books are sorted, stacked [blocks, k] and written as U·V: V [rank, k] is shared, U [blocks, rank] is held in int8 with one scale for each component.
+    Books are sorted, stacked [blocks, k] and written as U·V: V [rank, k] is shared, U [blocks, rank] is held in int8, one scale a component.
     rank = 0 leaves the basis out: the books themselves are int8.  A book costs 8 bits times rank (or k).
     Source: GPTVQ, section 3.4 (codebook quantization and SVD), https://arxiv.org/abs/2402.15319
     """
