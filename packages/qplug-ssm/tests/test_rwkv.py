@@ -53,6 +53,13 @@ def test_safetensors_gives_the_same_model_as_pth(published, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def test_files_of_old_versions_of_torch_are_read(published, tmp_path):
+    _, tensors, path = published
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    one, other = opened(path).state_dict(), opened(tmp_path / "old.pth").state_dict()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
 def test_streaming_equals_parallel(published):
     _, _, path = published
     model, tokens = opened(path), torch.tensor([TOKENS, TOKENS[::-1]])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import is_zipfile
 
 import torch
 from qcore.errors import CheckpointError, NotFound
@@ -109,7 +110,8 @@ class RWKVReader:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The tensors of a published .pth; nothing in it is executed."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files from before torch 1.6 are no zip archives, and cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as e:  # pickle, zip and torch raise what they like
         first = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise CheckpointError(f"{path} cannot be read as plain tensors ({first}); it is corrupt, or wants to execute code, which is refused") from e
