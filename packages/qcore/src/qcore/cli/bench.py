@@ -40,7 +40,8 @@ def bench(
         print_json(card)
         return
     machine = card["machine"]
-    print(f"{machine['processor']}, {machine['instructions'] or 'no native kernels'}, {threads} thread(s); torch.sum reads {card['read_gb_s']:.1f} GB/s")
+    print(f"{machine['processor']}, {machine['instructions'] or 'no native kernels'}, {threads} thread(s)")
+    print(f"torch.sum reads {card['read_gb_s']:.1f} GB/s")
     lines = []
     for r in card["rows"]:
         verdict = "" if r["kernel"] == "float" else "slower than float here" if r["speed_up"] < 1 else f"{r['speed_up']:.1f}×"
