@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -174,4 +175,4 @@ def test_blocks_cover_all_rows_once(points, monkeypatch):
     monkeypatch.setattr(rows_module, "BLOCK_BYTES", 16 * 4 * 7)
     seen = [(start, len(block)) for start, block in blocks(as_rows(points))]
     assert seen[0] == (0, 7) and sum(count for _, count in seen) == 240
-    assert all(b[0] == a[0] + a[1] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(b[0] == a[0] + a[1] for a, b in pairwise(seen))

@@ -57,6 +57,7 @@ class Objective(Protocol):
     def scale(self) -> float: ...
     def gains(self, indices: Array) -> Array:
         """[len(indices)] gain of each, given what `add` was told."""
+
     def add(self, index: int) -> None:
         """`index` is chosen."""
 

@@ -23,6 +23,7 @@ class Rows(Protocol):
     def shape(self) -> tuple[int, int]: ...
     def block(self, start: int, stop: int) -> Array:
         """Rows start … stop - 1; the array may be overwritten by the next call."""
+
     def take(self, indices: Array) -> Array:
         """[len(indices), d]: those rows."""
 
@@ -61,7 +62,9 @@ class NpyRows:
             raise CalibrationError(f"{path} is no .npy file ({e}); write one with numpy.save") from e
         if len(shape) != 2 or fortran or self.dtype.kind not in "fiu":
             order = "Fortran" if fortran else "C"
-            raise CalibrationError(f"{path} holds {self.dtype} of shape {shape} in {order} order; wanted numbers of shape [texts, dimensions] in C order")
+            raise CalibrationError(
+                f"{path} holds {self.dtype} of shape {shape} in {order} order; wanted numbers of shape [texts, dimensions] in C order"
+            )
         there = self.path.stat().st_size - self._offset
         if there < shape[0] * shape[1] * self.dtype.itemsize:
             raise CalibrationError(f"{path} is cut off: {there} bytes of data, its header promises {shape[0] * shape[1] * self.dtype.itemsize}")
@@ -84,7 +87,7 @@ class NpyRows:
         # read, not mapped: mapped pages would count as resident memory until the kernel drops them
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._offset + (self._start + start) * d * self.dtype.itemsize)
-            _fill(f, memoryview(view).cast("B"), self.path)
+            _fill(f, view.data.cast("B"), self.path)
         return view
 
     def take(self, indices: Array) -> Array:
@@ -94,7 +97,7 @@ class NpyRows:
         with self.path.open("rb", buffering=0) as f:
             for row, index in zip(out, indices, strict=True):
                 f.seek(self._offset + (self._start + int(index)) * width)
-                _fill(f, memoryview(row).cast("B"), self.path)
+                _fill(f, row.data.cast("B"), self.path)
         return out
 
 
