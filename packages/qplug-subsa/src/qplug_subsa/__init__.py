@@ -12,3 +12,10 @@ def qcore_selectors():
     from qplug_subsa.votek import FastVoteK
 
     return [SubSA, Random, FastVoteK, Diversity, FacilityLocation, IDEAL, LeastConfidence, KMeans]
+
+
+@hookimpl
+def qcore_commands():
+    from qplug_subsa.commands import prompts, select
+
+    return [select, prompts]

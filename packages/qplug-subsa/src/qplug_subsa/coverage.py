@@ -27,8 +27,12 @@ class Coverage:
 
 
 def coverage(units: Units, chosen: Sequence[int]) -> Coverage:
-    """One pass over the pool, in memory n + k·d."""
-    best = nearest_similarity(units, chosen)
+    """Figures of one selection; memory n + k·d."""
+    return coverage_of(units, chosen, nearest_similarity(units, chosen))
+
+
+def coverage_of(units: Units, chosen: Sequence[int], best: Array) -> Coverage:
+    """The same, where the similarities to the nearest chosen text, `best` [n], are there already."""
     e = units.take(np.asarray(chosen))
     inner = e @ e.T
     pairs = len(chosen) * (len(chosen) - 1)
@@ -38,12 +42,26 @@ def coverage(units: Units, chosen: Sequence[int]) -> Coverage:
 
 def nearest_similarity(units: Units, chosen: Sequence[int]) -> Array:
     """[n] cosine with the nearest chosen text; 1 for the chosen themselves."""
+    return nearest_chosen(units, chosen)[0]
+
+
+def nearest_chosen(units: Units, chosen: Sequence[int]) -> tuple[Array, Array, Array]:
+    """Similarity to the nearest chosen text [n], which one that is [n], and the mean over the pool for the first 1 … k chosen [k].
+
+    One pass for every 64 chosen texts.
+    """
     e = units.take(np.asarray(chosen))
-    best = np.full(units.rows.shape[0], -np.inf)
+    n = units.rows.shape[0]
+    best, which, curve = np.full(n, -np.inf), np.zeros(n, np.int32), []
     for start in range(0, len(e), 64):
-        np.maximum(best, units.dot(e[start : start + 64].T).max(1), out=best)
-    best[np.asarray(chosen)] = 1.0
-    return best
+        similar = units.dot(e[start : start + 64].T)  # [n, 64]
+        for j in range(similar.shape[1]):
+            similar[chosen[start + j], j] = 1.0  # also for a text without direction
+            nearer = similar[:, j] > best
+            which[nearer] = start + j
+            np.maximum(best, similar[:, j], out=best)
+            curve.append(best.mean())
+    return best, which, np.array(curve)
 
 
 def random_coverage(units: Units, k: int, draws: int = 5, seed: int = 0) -> Coverage:
