@@ -21,7 +21,7 @@ def write(path, kind):
     elif kind == "parquet":
         pa = pytest.importorskip("pyarrow")
 
-        pa.parquet.write_table(pa.Table.from_pylist(RECORDS), path)
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(RECORDS), path)
     else:
         path.write_text("\ufeff" + "\n\n".join(json.dumps(r) for r in RECORDS), encoding="utf-8")
 
