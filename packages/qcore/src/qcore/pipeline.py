@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer, Seen
+from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
-from qcore.checkpoint.journal import Journal
-from qcore.errors import at
+from qcore.checkpoint.journal import FinishedBlocks, Journal
+from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
-from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
+from qcore.model.reader import DictReader, TensorReader, evaporate, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
-from qcore.model.tap import attach
+from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules import module_name, place, rebuild
 from qcore.modules.online import Online
 from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
+from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor, QuantSpec
 from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, split_rows
 from qcore.packing import first_that_accepts
@@ -71,6 +73,7 @@ class Quantized:
     sites: list[SiteRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    values: TensorReader | None = None  # of a streamed run: the tensors that the model has on meta
 
 
 def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
@@ -110,6 +113,8 @@ def quantize_model(
     adapter: ModelAdapter | None = None,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    stream: bool = False,
+    keep: int = 2 << 30,
 ) -> Quantized:
     """Quantize `loaded.model` in place, block by block, and return it with its record.
 
@@ -117,8 +122,12 @@ def quantize_model(
     registry: shelves of packings, kernels, modules and adapters (`qcore.plugins.load_registry()`)
     progress: called with (phase, done, total)
     journal:  where finished blocks are kept; blocks that it holds are not computed again
+    stream:   keep one block in memory at a time: the model that comes back has its structure alone, its values are in `Quantized.values`
+    keep:     bytes of outputs inside a block that may be kept, so that solved layers need not be run again
     """
-    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal)
+    if stream and journal is None:
+        raise CalibrationError("a streamed run keeps its blocks in a journal; pass journal=Journal(folder, content)")
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep)
     with run.timed("transform"):
         run.fit_model_transforms()
     with run.timed("blocks"):
@@ -141,16 +150,17 @@ class _Run:
         adapter: ModelAdapter | None,
         progress: Progress,
         journal: Journal | None,
+        stream: bool,
+        keep: int,
     ) -> None:
         self.loaded, self.recipe, self.batches, self.registry = loaded, recipe, batches, registry
-        self.progress, self.journal = progress, journal
+        self.progress, self.journal, self.stream, self.keep = progress, journal, stream, keep
         self.model = loaded.model.eval()
         self.adapter = adapter or adapter_for(self.model, registry.adapters)
         self.adapter.prepare(self.model)
         self.topology = self.adapter.topology(self.model)
         dtype_name = str(loaded.dtype).removeprefix("torch.")
-        wished = [s for site in self.topology.sites for s in (site, site.input)] + list(self.topology.activations)
-        specs = recipe.specs_for(wished, dtype_name)
+        specs = recipe.wishes(self.topology, dtype_name)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, Rewrite())
         self.dtype_name = dtype_name
         self.compute = compute_dtype(loaded.dtype)
@@ -164,7 +174,7 @@ class _Run:
     def fit_model_transforms(self) -> None:
         """Fit the transforms of scope "model", each on the model that the one before leaves."""
         transforms = [t for t in self.recipe.transforms if t.scope == "model"]
-        kept = self.journal.rewrite() if self.journal else None
+        kept = self.journal.step("rewrite") if self.journal else None
         if kept is not None:
             self.result.rewrite = Rewrite.from_state(*kept)
             return
@@ -176,25 +186,31 @@ class _Run:
             found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
-            self.journal.keep_rewrite(*self.result.rewrite.state())
+            self.journal.keep_step("rewrite", *self.result.rewrite.state())
 
     def solve_blocks(self) -> None:
         """Every block in its turn, on the outputs of the quantized blocks before it."""
         blocks = self.topology.blocks
-        self._settle_outside()
         needs_data = self._needs_data()
+        self._settle_outside(values=needs_data or not self.stream)
         done = self.journal.finished(len(blocks)) if self.journal else 0
         for index in range(done):
             assert self.journal is not None
             self._restore(blocks[index], *self.journal.block(index))
         feed = self._feed() if needs_data and done < len(blocks) else None
+        if self.stream and not any(b.feed == "rerun" for b in blocks):
+            self._release_outside()
         if feed is not None and done and not feed.rerun:
             assert self.journal is not None
-            feed.advance(self.journal.inputs(done))
+            feed.advance(self.journal.inputs(done, len(self.batches)))
         for index in range(done, len(blocks)):
             self.progress("block", index, len(blocks))
             self._solve_block(blocks[index], index, feed)
         self.progress("block", len(blocks), len(blocks))
+        if self.stream:
+            assert self.journal is not None
+            self._release_outside()
+            self.result.values = _StreamedValues(FinishedBlocks(self.journal, len(blocks)), self.reader, self.compute, self.loaded.dtype)
 
     def bind(self) -> None:
         """Let every quantized module choose its kernel."""
@@ -213,27 +229,57 @@ class _Run:
         module = self.model.get_submodule(block.module)
         materialize(module, block.module, self.reader, self.compute)
         stages = self._stages(block)
-        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage]) if feed is not None else None
+        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage], self.keep) if feed is not None else None
+        outputs: Sequence[Tensor] = []
+        if runner is not None and self.recipe.propagate == "float":
+            outputs = self._outputs(runner, index)
+            stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
+        inputs: dict[Site, dict[str, Tensor]] = {}
         for stage in stages:
             with self.timed("observe"):
                 seen = self._observe_stage(stage, runner)
             with self.timed("solve"):
                 for sites in self._together(stage, seen):
                     solved |= self._solve_sites(sites, seen[sites[0]])
+                inputs |= {site.input: self._static_parts(site.input, seen[site]) for site in stage if self._is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
         _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
-        with self.timed("advance"):
-            outputs = runner.outputs() if runner is not None else []
-        if feed is not None:
-            feed.advance(outputs)
+        handlers = self._tap_handlers(block, feed, index)
+        if runner is not None and self.recipe.propagate == "weights":
+            outputs = self._outputs(runner, index)
         for path in dict.fromkeys(site.module for site in solved):
             with at(path):
-                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path})
+                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path}, inputs)
+        for site, handler in handlers.items():
+            attach(self.model.get_submodule(site.module), site.tensor, handler, site.part)
+        if feed is not None and self.recipe.propagate == "all":
+            outputs = self._outputs(BlockRunner(feed, index, self.model.get_submodule(block.module), []), index)
+        if feed is not None:
+            feed.advance(outputs)
         self.result.sites += [record for _, record in solved.values()]
         if self.journal:
-            self._journal_block(block, index, [record for _, record in solved.values()], outputs)
+            self._journal_block(block, index, [record for _, record in solved.values()])
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))
+
+    def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
+        """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""
+        if index + 1 == len(self.topology.blocks):
+            return []
+        with self.timed("advance"):
+            if self.journal is None:
+                return runner.outputs()
+            journal, kept = self.journal, []
+
+            def keep(batch: int, hidden: Tensor) -> None:
+                journal.keep_input(index + 1, batch, hidden)
+                if not self.stream:
+                    kept.append(hidden)
+
+            runner.outputs(keep)
+            return journal.inputs(index + 1, len(self.batches)) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
         for transform in self.recipe.transforms:
@@ -256,11 +302,46 @@ class _Run:
             self.result.rewrite = self.result.rewrite.then(found)
 
     def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
-        wanted: dict[Site, tuple[Observer, ...]] = {site.input: tuple(self._solver(site).observes) for site in stage}
         if runner is None:
             return {site: {} for site in stage}
+        wanted: dict[Site, tuple[Observer, ...]] = {}
+        for site in stage:
+            wanted[site.input] = (*self._solver(site).observes, *self._range_observers(site.input))
         seen = runner.observe(wanted)
         return {site: seen[site.input] for site in stage}
+
+    # activations -------------------------------------------------------------------------------------------------------------------------
+
+    def _is_static(self, site: Site) -> bool:
+        spec = self._activation_spec(site)
+        return spec is not None and spec.when == "static" and spec.scaled
+
+    def _range_observers(self, site: Site) -> tuple[Observer, ...]:
+        if not self._is_static(site):
+            return ()
+        rule, spec = self.recipe.rule_for(site), self._activation_spec(site)
+        assert rule is not None and spec is not None
+        with at(site):
+            return (range_observer(spec, rule.observer),)
+
+    def _static_parts(self, site: Site, seen: Seen) -> dict[str, Tensor]:
+        rule, spec = self.recipe.rule_for(site), self._activation_spec(site)
+        assert rule is not None and spec is not None
+        with at(site):
+            return range_parts(seen["range"], spec, "minmax" if rule.observer is None else rule.observer.name)
+
+    def _tap_handlers(self, block: Block, feed: BlockFeed | None, index: int) -> dict[Site, Tap]:
+        """What quantizes the tensors inside the block's modules; static ranges are those that the solved weights lead to."""
+        sites = [s for s in self.topology.activations if within(s.module, block.module) and s in self.result.specs]
+        static = {s: self._range_observers(s) for s in sites if self._is_static(s)}
+        seen: Mapping[Site, Seen] = {}
+        if static:
+            if feed is None:
+                raise CalibrationError(f"{next(iter(static))} is to have a static scale, which needs calibration data; pass --calib")
+            with self.timed("observe"):
+                # a runner that has solved sites would replay the very modules that are tapped
+                seen = BlockRunner(feed, index, self.model.get_submodule(block.module), []).observe(static)
+        return {s: QuantizedTap(self.result.specs[s], self._static_parts(s, seen[s]) if s in static else None) for s in sites}
 
     def _together(self, stage: Sequence[Site], seen: Mapping[Site, Seen]) -> list[list[Site]]:
         """The sites of a stage, those in one list that one solve serves: the same input, spec and solver, and rows that are solved apart anyway.
@@ -324,15 +405,20 @@ class _Run:
             seconds=round(seconds, 4),
         )
 
-    def _replace(self, path: str, solved: Mapping[Site, QTensor]) -> None:
-        """Put the packed module where the float leaf was."""
+    def _replace(self, path: str, solved: Mapping[Site, QTensor], inputs: Mapping[Site, Mapping[str, Tensor]]) -> None:
+        """Put the packed module where the float leaf was.  inputs: scale and offset of the inputs that have static ones"""
         leaf = leaf_at(self.model, path)
         wrapper = self.model.get_submodule(path)
         first = next(iter(solved))
         if any(site.part is not None or site.tensor != "weight" for site in solved):
             packed = {}
             for site, q in solved.items():
-                packed[(site.tensor, site.part)] = Stored(weight=q, packing=self._packing(site, q.shape), activation=self._activation(site))
+                packed[(site.tensor, site.part)] = Stored(
+                    weight=q,
+                    packing=self._packing(site, q.shape),
+                    activation=self._activation(site),
+                    activation_parts=inputs.get(site.input, {}),
+                )
             self.model.set_submodule(path, quantized_stack(leaf, packed))
             return
         q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])
@@ -340,6 +426,7 @@ class _Run:
             weight=q,
             packing=self._packing(first, q.shape),
             activation=self._activation(first),
+            activation_parts=inputs.get(first.input, {}),
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
@@ -381,7 +468,13 @@ class _Run:
         return rule.solver if rule is not None and rule.solver is not None else self.recipe.solver
 
     def _activation(self, site: Site) -> QuantSpec | None:
-        return self.result.specs.get(site.input)
+        """The spec of what a weight reads."""
+        return self._activation_spec(site.input)
+
+    def _activation_spec(self, site: Site) -> QuantSpec | None:
+        if site not in self.result.specs:  # a leaf that a split made of one
+            self.result.specs |= self.recipe.specs_for([site], None)
+        return self.result.specs.get(site)
 
     def _packings(self, site: Site) -> list[Any]:
         rule = self.recipe.rule_for(site)
@@ -391,8 +484,8 @@ class _Run:
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
-    def _settle_outside(self) -> None:
-        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta."""
+    def _settle_outside(self, values: bool = True) -> None:
+        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta.  values: False = without weights"""
         held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
         rerun = any(b.feed == "rerun" for b in self.topology.blocks)
         for path, insert in list(self.result.rewrite.inserts.items()):
@@ -401,6 +494,9 @@ class _Run:
         if not rerun:
             for block in held:
                 release(block)
+        if not values:
+            retie(self.model, self._ties, self.result.rewrite.unties)
+            return
         inside = {id(m) for block in held for m in block.modules()}
         _materialize_outside(self.model, inside, self.reader, self.compute)
         retie(self.model, self._ties, self.result.rewrite.unties)
@@ -409,6 +505,16 @@ class _Run:
             # later blocks are not reached by the passes of earlier ones, but a forward pass up to a block needs all before it
             for block in held:
                 release(block)
+
+    def _release_outside(self) -> None:
+        """Let go of the weights outside the blocks: they are read again when they are saved."""
+        inside = {id(m) for block in self.topology.blocks for m in self.model.get_submodule(block.module).modules()}
+        for m in self.model.modules():
+            if id(m) not in inside:
+                for own, p in m._parameters.items():
+                    if p is not None and not p.is_meta:
+                        m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        retie(self.model, self._ties, self.result.rewrite.unties)
 
     def _install(self, prefix: str) -> None:
         """Build the run-time modules that the rewrite inserts below `prefix`."""
@@ -434,7 +540,9 @@ class _Run:
     def _needs_data(self) -> bool:
         """Whether anything in the recipe looks at calibration data."""
         sites = [s for s in self.topology.sites if s in self.result.specs]
-        observing = any(self._solver(s).observes for s in sites)
+        observing = any(self._solver(s).observes or self._is_static(s.input) for s in sites) or any(
+            self._is_static(s) for s in self.topology.activations
+        )
         block_wants = any(
             t.wants(self.topology.within(b), self.result.specs)
             for t in self.recipe.transforms
@@ -453,8 +561,13 @@ class _Run:
                 materialize(module, block.module, self.reader, self.compute)
             return module(*call.args, **call.kwargs)
 
+        known = self.journal.step("feed") if self.journal else None
         with self.timed("inputs"):
-            feed.start(run_block)
+            feed.start(run_block, as_tuple=None if known is None else bool(known[1]["as_tuple"]))
+        if self.journal and known is None:
+            self.journal.keep_step("feed", {}, {"as_tuple": feed.as_tuple})
+        if self.stream and not feed.rerun:
+            release(self.model.get_submodule(self.topology.blocks[0].module))
         return feed
 
     def _autocast(self) -> torch.dtype | None:
@@ -473,14 +586,14 @@ class _Run:
             self._install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
-            runner = BlockRunner(feed, index, module)
+            runner = BlockRunner(feed, index, module, keep=self.keep)
             seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
         return seen
 
-    def _journal_block(self, block: Block, index: int, records: list[SiteRecord], outputs: list[Tensor]) -> None:
+    def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None
         module = self.model.get_submodule(block.module)
         modules = {}
@@ -489,14 +602,17 @@ class _Run:
             if name is not None:
                 modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
-        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]}, outputs)
+        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]})
 
-    def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    def _restore(self, block: Block, tensors: TensorReader, data: dict[str, Any]) -> None:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
         self._installed |= {path for path in self.result.rewrite.inserts if within(path, block.module)}
-        materialize(self.model.get_submodule(block.module), block.module, DictReader(tensors))
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
+        else:
+            materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
 
     @contextmanager
@@ -506,6 +622,25 @@ class _Run:
             yield
         finally:
             self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+class _StreamedValues:
+    """The values of a streamed model: of finished blocks from the journal, of everything else as a run in memory would hold them."""
+
+    def __init__(self, blocks: FinishedBlocks, reader: TensorReader, compute: torch.dtype, stored: torch.dtype) -> None:
+        self._blocks, self._reader, self._compute, self._stored = blocks, reader, compute, stored
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self._blocks.names(), *self._reader.names()])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blocks or name in self._reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._blocks:
+            return self._blocks[name]
+        value = self._reader[name]
+        return value.to(self._compute).to(self._stored) if value.is_floating_point() else value
 
 
 class _Owners:
