@@ -25,6 +25,7 @@ from qcore.cli._options import (
     JsonOption,
     ModelArg,
     RecipeOption,
+    SelectOption,
     SetOption,
     TokensOption,
     WindowOption,
@@ -47,6 +48,7 @@ def quantize(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
@@ -65,15 +67,14 @@ def quantize(
     check_target(out, force)
     meter = MemoryMeter()
     own = registry()
-    wanted = load_recipe(recipe, own, setting or ())
+    overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+    wanted = load_recipe(recipe, own, overrides)
     started = time.perf_counter()
     loaded, chosen = open_model(model, own, adapter)
     seconds = {"load": time.perf_counter() - started}
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
     with progress(meter.sample) as report_progress:
-        job = Job(
-            loaded, wanted, chosen, own, text, eval_tokens=eval_tokens, window=window, overrides=tuple(setting or ()), seconds=seconds, meter=meter
-        )
+        job = Job(loaded, wanted, chosen, own, text, eval_tokens=eval_tokens, window=window, overrides=overrides, seconds=seconds, meter=meter)
         report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
     if as_json:
         print_json(report.to_dict())
