@@ -19,3 +19,10 @@ def qcore_commands():
     from qplug_subsa.commands import prompts, select
 
     return [select, prompts]
+
+
+@hookimpl
+def qcore_adapters():
+    from qplug_subsa.encoder import TextEncoder
+
+    return [TextEncoder]

@@ -121,21 +121,28 @@ class LocalModel:
         return model.float().eval()
 
     def embed(self, texts: Sequence[str], progress: Progress = quiet) -> Array:
-        """[len(texts), d] float32.  Texts of like length share a batch, so the bits of a vector may hang on its neighbours (about 1e-7)."""
-        import torch
+        """[len(texts), d] float32."""
+        return embed_with(self.model, self.tokenizer, self.settings, texts, self.batch, progress)
 
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        out: list[Any] = [None] * len(texts)
-        with torch.inference_mode():
-            for start in range(0, len(order), self.batch):
-                part = order[start : start + self.batch]
-                tokens = self.tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=self.settings.length, return_tensors="pt")
-                hidden = self.model(**tokens).last_hidden_state
-                pooled = pool(hidden, tokens["attention_mask"], self.settings)
-                for i, vector in zip(part, pooled.float().numpy(), strict=True):
-                    out[i] = vector
-                progress("embed", min(start + self.batch, len(order)), len(order))
-        return np.stack(out) if out else np.zeros((0, self.model.config.hidden_size), np.float32)
+
+def embed_with(model: Any, tokenizer: Any, settings: "Settings", texts: Sequence[str], batch: int = 32, progress: Progress = quiet) -> Array:
+    """[len(texts), d] float32 by a model in memory, such as a quantized one.
+
+    Texts of like length share a batch, so the bits of a vector may hang on its neighbours (about 1e-7).
+    """
+    import torch
+
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    out: list[Any] = [None] * len(texts)
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            tokens = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=settings.length, return_tensors="pt")
+            pooled = pool(model(**tokens).last_hidden_state, tokens["attention_mask"], settings)
+            for i, vector in zip(part, pooled.float().numpy(), strict=True):
+                out[i] = vector
+            progress("embed", min(start + batch, len(order)), len(order))
+    return np.stack(out) if out else np.zeros((0, model.config.hidden_size), np.float32)
 
 
 def pool(hidden: Any, mask: Any, settings: Settings) -> Any:

@@ -134,7 +134,8 @@ class _Search:
         return top[bound[top] > -np.inf]
 
     def _waiting(self, best: float) -> Array:
-        return np.flatnonzero((self.bound >= best - self.tie) & (self.stamp != self.step))
+        # a process whose rows are all chosen has best = -inf, as they have
+        return np.flatnonzero((self.bound >= best - self.tie) & (self.bound > -np.inf) & (self.stamp != self.step))
 
     def _look(self, indices: Array) -> float:
         """Make the bounds of these rows exact; returns the largest of them."""
