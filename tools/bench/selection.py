@@ -222,6 +222,7 @@ def timing(cell: Cell) -> dict[str, Any]:
         "evaluated": getattr(found, "evaluated", None),
         "load_average": round(os.getloadavg()[0], 2),
         "torch": "torch" in sys.modules,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
     }
 
 

@@ -58,8 +58,8 @@ def _times(cells: list[dict[str, Any]]) -> list[str]:
         "## Time and memory",
         "",
         "100 texts out of n embeddings of 384 dimensions (float32, in a .npy file of 200 clusters of very different weight, warm in the page",
-        "cache), each in a process of its own, from opening the file to the last choice; two cores. In brackets the peak resident memory of",
-        "the whole process, counted from its start (VmHWM), Python and numpy included.",
+        f"cache), each in a process of its own, threads: {max(c['threads'] for c in cells)}, from opening the file to the last choice. In brackets",
+        "the peak resident memory of the whole process, counted from its start (VmHWM), Python and numpy included.",
         "",
         "| | " + " | ".join(f"{n:,}" for n in sizes) + " |",
         "|---" * (len(sizes) + 1) + "|",
@@ -71,7 +71,8 @@ def _times(cells: list[dict[str, Any]]) -> list[str]:
             row.append(f"{c['seconds']:.3g} s ({c['peak_bytes'] / 1e6:.0f} MB)" if c else "–")
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     load = max(c["load_average"] for c in cells)
-    return [*lines, "", f"Largest load average at the end of a run: {load:.1f}.", "", "![time against n](selection.svg)", ""]
+    told = f"Largest load average at the end of a run: {load:.1f} on two cores; other work ran on the other one."
+    return [*lines, "", told, "", "![time against n](selection.svg)", ""]
 
 
 def _storage(cells: list[dict[str, Any]]) -> list[str]:

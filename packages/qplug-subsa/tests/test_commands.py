@@ -125,7 +125,23 @@ def test_scores_come_from_a_field(run, files, encoder):
         code, _, err = run("select", "pool.jsonl", "-b", 3, "-o", "b.jsonl", "-s", "least-confidence", "--scores", scores)
         assert code == 2 and "line 1" in err and message in err
     code, _, err = run("select", "pool.jsonl", "-b", 3, "-o", "b.jsonl", "--model", encoder, "-s", "least-confidence")
-    assert code == 2 and "needs a confidence" in err
+    assert code == 2 and "needs a confidence" in err and "embed:" not in err  # said before the model runs
+
+
+def test_a_strangers_selector_gets_a_tensor(run, files, points, monkeypatch):
+    class Largest:
+        """The longest vectors."""
+
+        name = "largest"
+
+        def select(self, embeddings, k, scores=None):
+            return embeddings.norm(dim=1).topk(k).indices.tolist()
+
+    monkeypatch.setitem(load_registry().selectors._items, "largest", Largest)
+    np.save(files / "e.npy", points)
+    code, out, _ = run("select", "e.npy", "-b", 4, "-o", "a.jsonl", "-s", "largest")
+    assert code == 0 and "–" in out  # it tells no gains
+    assert [r["index"] for r in lines(files / "a.jsonl")] == np.argsort(-np.linalg.norm(points, axis=1))[:4].tolist()
 
 
 WRONG = [

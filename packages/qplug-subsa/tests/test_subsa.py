@@ -137,6 +137,31 @@ def test_memory_does_not_grow_with_the_square(tmp_path, clustered):
     assert peaks[16000] < 4.5 * peaks[4000]
 
 
+class Blocked(GraphCut):
+    """Graph cut over a kernel that is computed block by block and row by row: the dense algorithm where n² numbers do not fit."""
+
+    def __init__(self, x, lam):
+        self.e, self.lam = Units.of(as_rows(x)).block(0, len(x)), lam
+        self.column = np.concatenate([(0.5 + 0.5 * self.e[i : i + 500] @ self.e.T).sum(1) for i in range(0, len(x), 500)])
+        self.penalty = np.zeros(len(x))
+
+    @property
+    def n(self):
+        return len(self.e)
+
+    def add(self, index):
+        self.penalty += 0.5 + 0.5 * self.e @ self.e[index]
+
+
+@pytest.mark.parametrize("n", [600, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_large_pool_gives_the_dense_choices(n, clustered, tmp_path):
+    x = clustered(n, 384, 50, spread=1.5)
+    np.save(tmp_path / "x.npy", x)
+    for lam in ("auto", 1.0):
+        found = SubSA(lam).run(tmp_path / "x.npy", 100)
+        assert found.indices == greedy(Blocked(x, found.lam), 100).indices
+
+
 def test_selection_needs_no_torch(tmp_path, clustered):
     np.save(tmp_path / "x.npy", clustered(50))
     code = f"import sys; from qplug_subsa.subsa import SubSA; SubSA().select({str(tmp_path / 'x.npy')!r}, 5); assert 'torch' not in sys.modules"

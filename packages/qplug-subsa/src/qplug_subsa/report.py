@@ -16,16 +16,18 @@ _TEXT = 160
 _WIDTH, _HEIGHT = 900, 560
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2733; --paper: #ffffff; --faint: #93a3b5; --line: #d6dde5; --mark: #c2410c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e9ef; --paper: #12181f; --faint: #5c6b7b; --line: #2c3743; --mark: #fb923c; } }
+:root { color-scheme: light dark; --ink: #1c2733; --paper: #ffffff; --faint: #93a3b5; --soft: #526273; --line: #d6dde5; --mark: #c2410c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e9ef; --paper: #12181f; --faint: #5c6b7b; --soft: #9fb0c0; --line: #2c3743; --mark: #fb923c; }
+}
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 svg { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.pool { fill: var(--faint); opacity: .45; } .chosen { fill: var(--mark); stroke: var(--paper); stroke-width: 1.5; }
+.pool { fill: var(--faint); opacity: .6; } .chosen { fill: var(--mark); stroke: var(--paper); stroke-width: 1.5; }
 .rank { font-size: 11px; fill: var(--ink); } .axis { stroke: var(--line); } .curve { fill: none; stroke: var(--mark); stroke-width: 2; }
-.small { color: var(--faint); font-size: .9em; }
+.random { stroke: var(--soft); stroke-dasharray: 6 4; } .small { color: var(--soft); font-size: .9em; }
 """
 
 
@@ -136,7 +138,7 @@ def _curve(p: Picture) -> str:
     r = y(p.random.nearest)
     return f"""<svg viewBox="0 0 {width} {height}" role="img" aria-label="coverage against the number of chosen texts">
 <line class="axis" x1="{left}" x2="{width - 20}" y1="{y(bottom)}" y2="{y(bottom)}"/>
-<line class="axis" stroke-dasharray="6 4" x1="{left}" x2="{width - 20}" y1="{r}" y2="{r}"/>
+<line class="random" x1="{left}" x2="{width - 20}" y1="{r}" y2="{r}"/>
 <polyline class="curve" points="{points}"/>
 <text class="rank" x="4" y="{y(top) + 4}">{top:.2f}</text><text class="rank" x="4" y="{y(bottom) + 4}">{bottom:.2f}</text>
 <text class="rank" x="{left}" y="{height - 6}">1</text><text class="rank" x="{width - 40}" y="{height - 6}">{len(p.curve)}</text></svg>"""

@@ -50,12 +50,14 @@ def run_select(job: SelectJob, *, force: bool = False, as_json: bool = False) ->
     pool = read_pool(job.pool, job.text_fields, job.id_field)
     require_budget(job.budget, len(pool))
     scores = _scores(pool, job.scores)
+    # what a selector misses (scores, most likely) is said before a model runs for minutes
+    _chosen(chooser, as_rows(np.eye(2, dtype=np.float32)), 1, None if scores is None else np.resize(scores, 2))
     seconds: dict[str, float] = {}
     with progress() as report:
         with _timed(seconds, "embed"):
             rows, source = _rows(pool, job.embeddings, job.model, job.cache, report)
         with _timed(seconds, "select"):
-            found = chooser.run(rows, job.budget) if hasattr(chooser, "run") else Selection(tuple(chooser.select(rows, job.budget, scores=scores)))
+            found = _chosen(chooser, rows, job.budget, scores)
         report("coverage", 0, 1)
         with _timed(seconds, "coverage"):
             units = Units.of(rows)
@@ -99,6 +101,17 @@ def run_select(job: SelectJob, *, force: bool = False, as_json: bool = False) ->
     for note in notes:
         print(f"note: {note}")
     print(f"written: {job.out}" + (f" and {job.report}" if job.report else ""))
+
+
+def _chosen(chooser: Any, rows: Rows, k: int, scores: Any) -> Selection:
+    """What a selector chooses.  Ours read rows from where they are; others get the tensor that the contract promises."""
+    if type(chooser).__module__.startswith("qplug_subsa."):
+        return chooser.run(rows, k) if hasattr(chooser, "run") else Selection(tuple(chooser.select(rows, k, scores=scores)))
+    import torch
+
+    embeddings = torch.from_numpy(np.array(rows.block(0, rows.shape[0])))
+    confidence = None if scores is None else torch.from_numpy(np.asarray(scores))
+    return Selection(tuple(int(i) for i in chooser.select(embeddings, k, scores=confidence)))
 
 
 def _show(pool: Pool, found: Selection, mine: Coverage, random: Coverage, seconds: dict[str, float]) -> None:
