@@ -27,7 +27,7 @@ SOURCE = ROOT / "packages" / "qplug-subsa" / "src" / "qplug_subsa"
 # files whose code decides the figures of a kind
 CHOICE = ("baselines", "facility", "group", "ideal", "neighbours", "objective", "rows", "subsa", "units", "votek")
 FILES = {
-    "accuracy": (*CHOICE, "embed", "retrieve"),
+    "accuracy": (*CHOICE, "coverage", "embed", "retrieve"),
     "time": CHOICE,
     "storage": ("embed", "retrieve", "rows", "storage", "units"),
     "encoder": (*CHOICE, "embed", "encoder", "retrieve"),

@@ -5,8 +5,9 @@ import pytest
 from qcore.errors import CalibrationError, SpecError
 from qcore.testing import check_selector
 from qplug_subsa import qcore_selectors
+from qplug_subsa import rows as rows_module
 from qplug_subsa.baselines import Diversity, KMeans, LeastConfidence, Random
-from qplug_subsa.coverage import coverage, nearest_similarity, random_coverage
+from qplug_subsa.coverage import coverage, nearest_chosen, nearest_similarity, random_coverage
 from qplug_subsa.facility import FacilityLocation
 from qplug_subsa.ideal import IDEAL
 from qplug_subsa.neighbours import nearest
@@ -137,12 +138,22 @@ def test_coverage_is_what_it_says(points):
     chosen = SubSA().select(points, 9)
     best = nearest_similarity(units, chosen)
     assert np.allclose(best, c[:, chosen].max(1))
+    _, which, curve = nearest_chosen(units, chosen)
+    assert which.tolist() == c[:, chosen].argmax(1).tolist()
+    assert np.allclose(curve, [c[:, chosen[: t + 1]].max(1).mean() for t in range(9)])
     found = coverage(units, chosen)
     assert found.nearest == pytest.approx(best.mean())
     inner = c[np.ix_(chosen, chosen)]
     assert found.redundancy == pytest.approx(inner[~np.eye(9, dtype=bool)].mean())
     assert coverage(units, range(240)).nearest == pytest.approx(1.0)
     assert coverage(units, [3]).redundancy == 0.0
+
+
+def test_coverage_is_the_same_in_blocks(points, monkeypatch):
+    units, chosen = Units.of(as_rows(points)), list(range(0, 240, 7))
+    whole = nearest_chosen(units, chosen)
+    monkeypatch.setattr(rows_module, "BLOCK_BYTES", 16 * 4 * 11)
+    assert all(np.allclose(a, b) for a, b in zip(nearest_chosen(units, chosen), whole, strict=True))
 
 
 def test_facility_location_covers_best(points):

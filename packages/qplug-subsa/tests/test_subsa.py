@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import tracemalloc
 from itertools import pairwise
 
@@ -160,6 +161,17 @@ def test_a_large_pool_gives_the_dense_choices(n, clustered, tmp_path):
     for lam in ("auto", 1.0):
         found = SubSA(lam).run(tmp_path / "x.npy", 100)
         assert found.indices == greedy(Blocked(x, found.lam), 100).indices
+
+
+def test_three_thousand_texts_take_milliseconds(clustered):
+    """About 20 ms on one core; processor time, the least of three, with a wide margin for slow machines."""
+    x = clustered(3000, 384, 30)
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        SubSA("auto").select(x, 100)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.5
 
 
 def test_selection_needs_no_torch(tmp_path, clustered):

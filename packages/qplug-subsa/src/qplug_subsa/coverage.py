@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from qplug_subsa.rows import Array
+from qplug_subsa.rows import Array, blocks
 from qplug_subsa.units import Units
 
 
@@ -48,20 +48,23 @@ def nearest_similarity(units: Units, chosen: Sequence[int]) -> Array:
 def nearest_chosen(units: Units, chosen: Sequence[int]) -> tuple[Array, Array, Array]:
     """Similarity to the nearest chosen text [n], which one that is [n], and the mean over the pool for the first 1 … k chosen [k].
 
-    One pass for every 64 chosen texts.
+    One pass over the rows; beside the results it holds one block of similarities.
     """
     e = units.take(np.asarray(chosen))
     n = units.rows.shape[0]
-    best, which, curve = np.full(n, -np.inf), np.zeros(n, np.int32), []
-    for start in range(0, len(e), 64):
-        similar = units.dot(e[start : start + 64].T)  # [n, 64]
-        for j in range(similar.shape[1]):
-            similar[chosen[start + j], j] = 1.0  # also for a text without direction
-            nearer = similar[:, j] > best
-            which[nearer] = start + j
-            np.maximum(best, similar[:, j], out=best)
-            curve.append(best.mean())
-    return best, which, np.array(curve)
+    best, which, curve = np.empty(n), np.empty(n, np.int32), np.zeros(len(e))
+    place = np.full(n, -1, np.int32)
+    place[np.asarray(chosen)] = np.arange(len(e))
+    for start, block in blocks(units.rows):
+        here = slice(start, start + len(block))
+        similar = ((block.astype(np.float64) - units.mean) * units.inverse[here, None]) @ e.T  # [block, k]
+        own = np.flatnonzero(place[here] >= 0)
+        similar[own, place[here][own]] = 1.0  # also for a text without direction
+        which[here] = similar.argmax(1)
+        so_far = np.maximum.accumulate(similar, axis=1)
+        best[here] = so_far[:, -1]
+        curve += so_far.sum(0)
+    return best, which, curve / n
 
 
 def random_coverage(units: Units, k: int, draws: int = 5, seed: int = 0) -> Coverage:
