@@ -13,7 +13,7 @@ MATRIX = [
     *(("calibration", selector, "tiny-llama") for selector in CALIBRATION),
     *(("prompts", selector, f"smollm2-135m-{bits}") for bits in ("float", "w4a16-rtn") for selector in PROMPTS),
 ]
-SHOWN, ITEMS, WORDS = 18, 64, 30  # annotated texts, test items, words of each text that a prompt shows
+SHOWN, ITEMS, WORDS, TOKENS = 18, 64, 30, 220  # annotated texts, test items, words of each text that a prompt shows, tokens of a prompt
 
 
 def encoder(cell: Any) -> dict[str, Any]:
@@ -23,11 +23,14 @@ def encoder(cell: Any) -> dict[str, Any]:
     from qcore.pipeline import quantize_model
     from qcore.plugins import load_registry
     from qcore.recipe_file import load_recipe
+    from qplug_subsa.coverage import coverage, random_coverage
     from qplug_subsa.embed import LocalModel, default_model, embed_with
     from qplug_subsa.encoder import TextEncoder, batches_of, load_encoder
     from qplug_subsa.retrieve import knn_accuracy, similarities
+    from qplug_subsa.rows import as_rows
     from qplug_subsa.storage import recall
     from qplug_subsa.subsa import SubSA
+    from qplug_subsa.units import Units
 
     source = LocalModel(default_model())
     parts = labelled.load(cell.what)
@@ -46,13 +49,17 @@ def encoder(cell: Any) -> dict[str, Any]:
         bits = sum(8 * r.nbytes for r in q.sites) / sum(r.shape[0] * r.shape[1] for r in q.sites)
         vectors = [embed_with(q.model, source.tokenizer, source.settings, texts) for texts in (pool, queries)]
     near = similarities(vectors[0], vectors[1])
-    chosen, wanted = (set(SubSA("auto").select(v[0], 100)) for v in (vectors, exact))
+    chosen, wanted = (SubSA("auto").select(v[0], 100) for v in (vectors, exact))
+    units = Units.of(as_rows(exact[0]))
     return {
         "bits": bits,
         "cosine_to_float": float(np.mean((vectors[0] * exact[0]).sum(1))),
         "recall_at_10": recall(near, similarities(*exact), 10),
         "accuracy_5nn": knn_accuracy(near, labels, truth, 5),
-        "same_choices_of_100": len(chosen & wanted),
+        "same_choices_of_100": len(set(chosen) & set(wanted)),
+        # what the choices are worth in the float model's space
+        "covers": coverage(units, chosen).nearest,
+        "covers_random": random_coverage(units, 100).nearest,
         "quantize_seconds": round(seconds, 1),
         "pool": len(pool),
         "queries": len(queries),
@@ -130,7 +137,7 @@ def prompts(cell: Any) -> dict[str, Any]:
         return Pool(Path(part), records, texts, [str(i) for i in indices], [f"text {i}" for i in indices])
 
     runs = []
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         mine = rng.permutation(len(vectors["train"][0]))[: len(vectors["train"][0]) * 4 // 5]
         items = rng.permutation(len(vectors["test"][0]))[:ITEMS]
@@ -138,16 +145,16 @@ def prompts(cell: Any) -> dict[str, Any]:
         near = similarities(vectors["train"][0][chosen], vectors["test"][0][items])
         template = Template("Text: {text}\nTopic: {label}")
         built = build_prompts(
-            shown("train", chosen), shown("test", items), near, template, lambda t: len(tokenizer.encode(t)), Limits(tokens=300, example=100)
+            shown("train", chosen), shown("test", items), near, template, lambda t: len(tokenizer.encode(t)), Limits(tokens=TOKENS, example=100)
         )
         right = 0
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for prompt, item in zip(built, items, strict=True):
                 ids = torch.tensor([tokenizer.encode(prompt.text)])
                 logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1]
                 right += classes[int(logits[first].argmax())] == parts["test"].labels[item]
         runs.append({"seed": seed, "accuracy": right / ITEMS, "examples": float(np.mean([len(p.examples) for p in built]))})
-    return {"runs": runs, "items": ITEMS, "annotated": SHOWN, "notes": list(loaded.notes)}
+    return {"runs": runs, "items": ITEMS, "annotated": SHOWN, "tokens": TOKENS, "notes": list(loaded.notes)}
 
 
 KINDS = {"encoder": encoder, "calibration": calibration, "prompts": prompts}

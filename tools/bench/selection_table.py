@@ -103,13 +103,16 @@ def _models(folder: Path) -> list[str]:
             "## The embedding model quantized by qcore",
             "",
             f"MiniLM, linears alone (embedding tables stay float), {first['pool']} texts and {first['queries']} queries of Rotten Tomatoes,",
-            "calibrated on 128 other texts.",
+            "calibrated on 128 other texts. *covers*: of 100 texts that Sub-SA (auto) chooses by these vectors, in the float model's space; a",
+            f"random choice covers {first['covers_random']:.3f}.",
             "",
-            "| recipe | bits | cosine to float | recall@10 | 5-NN accuracy | same choices of 100 (Sub-SA, auto) |",
-            "|---|---|---|---|---|---|",
+            "| recipe | bits | cosine to float | recall@10 | 5-NN accuracy | same choices as float, of 100 | covers |",
+            "|---|---|---|---|---|---|---|",
         ]
         for c in sorted(encoder, key=lambda c: -c["bits"]):
-            values = f"{c['cosine_to_float']:.4f} | {c['recall_at_10']:.3f} | {c['accuracy_5nn']:.3f} | {c['same_choices_of_100']}"
+            values = (
+                f"{c['cosine_to_float']:.4f} | {c['recall_at_10']:.3f} | {c['accuracy_5nn']:.3f} | {c['same_choices_of_100']} | {c['covers']:.3f}"
+            )
             lines.append(f"| {c['cell']['selector']} | {c['bits']:.2f} | {values} |")
         lines.append("")
     if calibration := _cells(folder, "calibration"):
@@ -134,8 +137,9 @@ def _models(folder: Path) -> list[str]:
             "## In-context classification",
             "",
             f"BBC topics by SmolLM2-135M-Instruct: {first['annotated']} annotated texts, of each the first 30 words; the most similar ones that",
-            f"fit 300 tokens are shown, the most similar last; the label whose first token is likeliest wins. {first['items']} test texts for",
-            "each of three seeds, float and 4-bit (round to nearest, groups of 64).",
+            f"fit {first['tokens']} tokens are shown, the most similar last; the label whose first token is likeliest wins.",
+            f"{first['items']} test texts for each of {len(first['runs'])} seeds (standard error of one run about 6 points), float and 4-bit (round",
+            "to nearest, groups of 64); matrix products in bfloat16.",
             *[f"**{n}**" for n in first["notes"]],
             "",
             "| selector | float | w4a16-rtn |",
