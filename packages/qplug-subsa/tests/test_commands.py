@@ -106,8 +106,8 @@ def test_the_report_needs_nothing_from_outside(run, files, encoder):
 
 def test_embeddings_are_taken_from_a_file(run, files, points):
     np.save(files / "e.npy", points)
-    code, _, _ = run("select", "e.npy", "-b", 9, "-o", "a.jsonl")
-    assert code == 0
+    code, _, err = run("select", "e.npy", "-b", 9, "-o", "a.jsonl")
+    assert code == 0 and "choose: 9/9" in err
     assert [r["index"] for r in lines(files / "a.jsonl")] == SubSA().select(points, 9)
     np.save(files / "e50.npy", points[:50])
     code, _, _ = run("select", "pool.jsonl", "-b", 3, "-o", "b.csv", "--embeddings", "e50.npy", "--no-report")

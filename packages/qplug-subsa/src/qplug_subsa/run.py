@@ -15,13 +15,14 @@ from qcore.errors import CalibrationError, SpecError
 from qcore.plugins import load_registry
 
 from qplug_subsa.coverage import Coverage, coverage_of, nearest_chosen, random_coverage
-from qplug_subsa.embed import LocalModel, default_cache, default_model, embed_texts
+from qplug_subsa.embed import LocalModel, Progress, default_cache, default_model, embed_texts, quiet
 from qplug_subsa.objective import Selection
 from qplug_subsa.options import make_selector
 from qplug_subsa.plot import principal_plane
 from qplug_subsa.pool import Pool, read_pool
 from qplug_subsa.report import SHOWN, Picture, write_report
 from qplug_subsa.rows import NpyRows, Rows, as_rows, require_budget
+from qplug_subsa.subsa import SubSA
 from qplug_subsa.units import Units
 
 
@@ -57,7 +58,7 @@ def run_select(job: SelectJob, *, force: bool = False, as_json: bool = False) ->
         with _timed(seconds, "embed"):
             rows, source = _rows(pool, job.embeddings, job.model, job.cache, report)
         with _timed(seconds, "select"):
-            found = _chosen(chooser, rows, job.budget, scores)
+            found = _chosen(chooser, rows, job.budget, scores, report)
         report("coverage", 0, 1)
         with _timed(seconds, "coverage"):
             units = Units.of(rows)
@@ -103,8 +104,10 @@ def run_select(job: SelectJob, *, force: bool = False, as_json: bool = False) ->
     print(f"written: {job.out}" + (f" and {job.report}" if job.report else ""))
 
 
-def _chosen(chooser: Any, rows: Rows, k: int, scores: Any) -> Selection:
+def _chosen(chooser: Any, rows: Rows, k: int, scores: Any, report: Progress = quiet) -> Selection:
     """What a selector chooses.  Ours read rows from where they are; others get the tensor that the contract promises."""
+    if isinstance(chooser, SubSA):
+        return chooser.run(rows, k, progress=lambda done, total: report("choose", done, total))
     if type(chooser).__module__.startswith("qplug_subsa."):
         return chooser.run(rows, k) if hasattr(chooser, "run") else Selection(tuple(chooser.select(rows, k, scores=scores)))
     import torch

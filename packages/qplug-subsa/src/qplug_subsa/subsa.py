@@ -11,6 +11,7 @@ rows are looked at again.  Where too many could still win (a small λ), one floa
 and the few that are left are computed in float64.  So every choice is the one of the dense algorithm, and no bit hangs on how a pass was made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -50,10 +51,11 @@ class SubSA:
         """Indices in order of choice.  embeddings: [n, d];  scores are not looked at"""
         return list(self.run(embeddings, k).indices)
 
-    def run(self, embeddings: Any, k: int, group: Group = ALONE) -> Selection:
+    def run(self, embeddings: Any, k: int, group: Group = ALONE, progress: Callable[[int, int], None] = lambda done, total: None) -> Selection:
         """The selection, with its gains; indices count over all processes of the group.
 
         embeddings: [n, d] tensor, array, path of a .npy file, or this process's share of the rows
+        progress:   called with (chosen so far, k)
         """
         rows = as_rows(embeddings)
         n = int(group.sum(np.array([rows.shape[0]], np.float64))[0])
@@ -62,10 +64,11 @@ class SubSA:
         units = Units.of(rows, centre=self.centre, group=group)
         search = _Search(units, lam, group)
         indices, gains = [], []
-        for _ in range(k):
+        for done in range(k):
             index, gain = search.next()
             indices.append(index)
             gains.append(gain)
+            progress(done + 1, k)
         return Selection(tuple(indices), tuple(gains), search.evaluated, lam, tuple(self._notes(units, gains, group)))
 
     @staticmethod
