@@ -93,7 +93,7 @@ class _Search:
         self.stamp = np.zeros(len(self.bound), np.int32)  # the choice for which a bound is exact
         self.step = 0
         self.evaluated = len(self.bound)
-        self.limit = max(1024, len(self.bound) // 64)
+        self.limit = max(_FIRST, len(self.bound) // 64)  # more than these: a pass over all rows is quicker
 
     def next(self) -> tuple[int, float]:
         """The global index that is chosen, and its gain."""
