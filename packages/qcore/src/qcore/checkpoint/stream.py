@@ -16,42 +16,49 @@ from qcore.modules import serve_in
 from qcore.modules.stored import resolved
 
 
-def stream(folder: Path, adapter: ModelAdapter, *, dtype: torch.dtype | None = None, registry: Any = None) -> StreamedModel:
-    """The model that `save` wrote, to be run block by block.
+class StreamedCheckpoint(StreamedModel):
+    """A checkpoint, block by block.  `serve` says in which dtype it computes; until then, and for `explain`, it is the checkpoint's own."""
 
-    adapter: the one with which the model was quantized
-    dtype:   in which it computes; None = the checkpoint's own
+    dtype: torch.dtype | None = None
+
+    def serve(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on."""
+        self.dtype = dtype
+        serve_in(self.model, dtype)
+
+
+def stream(folder: Path | str, adapter: ModelAdapter, *, registry: Any = None) -> StreamedCheckpoint:
+    """The model that `save` wrote, to be run block by block.  adapter: the one with which it was quantized
 
     CheckpointError as `load`, except that values are read when their block is run.
     """
-    registry = resolved(registry)
+    folder, registry = Path(folder), resolved(registry)
     manifest = Manifest.read(folder)
     manifest.require(registry, str(folder / MANIFEST), adapter=False)
     reader = open_shards(folder, manifest)
     model = skeleton_of(folder, manifest, registry)
     adapter.prepare(model)
-    blocks = adapter.topology(model).blocks  # of the float architecture: links are none of ours here
+    blocks = adapter.topology(model).blocks  # of the float architecture, before quantized modules stand in it
     model = place_modules(model, manifest, registry)
     check_fit(model, manifest, reader, folder)
-    modules = [model.get_submodule(b.module) for b in blocks]
-    materialize_outside(model, modules, reader)
+    materialize_outside(model, [model.get_submodule(b.module) for b in blocks], reader)
     tie(model, manifest)
-    serve = dtype or getattr(torch, manifest.dtype)
-    bind(model, manifest, registry, torch.device("cpu"))
-    outside = [n for n, owner, own, is_param in owned_names(model, "") if not any(within(n, b.module) for b in blocks)]
+    outside = [n for n, *_ in owned_names(model, "") if not any(within(n, b.module) for b in blocks)]
     if empty := [n for n in outside if _tensor_of(model, n).is_meta]:
         raise CheckpointError(f"{folder}: {len(empty)} tensors have no values, such as {empty[0]}")
-    serve_in(model, serve)
+    bind(model, manifest, registry, torch.device("cpu"))
 
     def fill(block: Block) -> None:
         module = model.get_submodule(block.module)
         materialize(module, block.module, reader)
-        serve_in(module, serve)
+        if made.dtype is not None:
+            serve_in(module, made.dtype)
         for m in module.modules():
             if callable(changed := getattr(m, "parts_changed", None)):
                 changed()
 
-    return StreamedModel(model.eval(), adapter, blocks, fill)
+    made = StreamedCheckpoint(model.eval(), adapter, blocks, fill)
+    return made
 
 
 def _tensor_of(model: Any, name: str) -> torch.Tensor:

@@ -24,6 +24,10 @@ SelectOption = Annotated[
     str | None, typer.Option("--select", metavar="NAME", help="Choose calibration text by what it says (`qcore methods selectors`), not by seed.")
 ]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The adapter to use, where several match.")]
+MaxRamOption = Annotated[
+    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory the run may take, 3GiB or 3500MB [default: what is free].", show_default=False)
+]
+StreamOption = Annotated[bool, typer.Option("--stream", help="Hold one block in memory at a time, also where the model would fit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
