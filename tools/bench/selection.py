@@ -218,6 +218,8 @@ def timing(cell: Cell) -> dict[str, Any]:
     return {
         "import_seconds": round(imported - started, 4),
         "seconds": round(done - imported, 4),
+        # of all threads, imports included: what a busy machine does not change much
+        "cpu_seconds": round(time.process_time(), 4),
         "peak_bytes": int(status["VmHWM"].split()[0]) * 1024,
         "evaluated": getattr(found, "evaluated", None),
         "load_average": round(os.getloadavg()[0], 2),
