@@ -58,7 +58,7 @@ def _times(cells: list[dict[str, Any]]) -> list[str]:
         "## Time and memory",
         "",
         "100 texts out of n embeddings of 384 dimensions (float32, in a .npy file of 200 clusters of very different weight, warm in the page",
-        f"cache), each in a process of its own, threads: {max(c['threads'] for c in cells)}. Processor seconds of the whole process, imports included;",
+        f"cache), each in a process of its own, threads: {max(c['threads'] for c in cells)}. Processor seconds of the whole process;",
         "in brackets the seconds that passed from opening the file to the last choice, while other work shared the machine; peak resident",
         "memory (VmHWM) of the whole process, Python and numpy included.",
         "",

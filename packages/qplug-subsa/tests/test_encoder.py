@@ -24,6 +24,9 @@ def test_the_adapter_keeps_its_contract(encoder, sentences):
         ["output.dense"],
     ]
     assert not TextEncoder().matches(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    source.model.embeddings.word_embeddings, kept = None, source.model.embeddings.word_embeddings
+    assert not TextEncoder().matches(source.model)  # a vision transformer has the rest
+    source.model.embeddings.word_embeddings = kept
 
 
 def test_a_quantized_encoder_still_embeds(encoder, sentences):

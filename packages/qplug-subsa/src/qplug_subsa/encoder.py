@@ -23,7 +23,9 @@ class TextEncoder(ModelAdapter):
 
     def matches(self, model: nn.Module) -> bool:
         layers = getattr(getattr(model, "encoder", None), "layer", None)
-        return isinstance(layers, nn.ModuleList) and len(layers) > 0 and hasattr(model, "embeddings") and bool(_linears(layers[0]))
+        # word embeddings, for vision transformers have embeddings and encoder.layer too
+        words = getattr(getattr(model, "embeddings", None), "word_embeddings", None)
+        return isinstance(layers, nn.ModuleList) and len(layers) > 0 and isinstance(words, nn.Embedding) and bool(_linears(layers[0]))
 
     def topology(self, model: nn.Module) -> Topology:
         layers: Any = model.get_submodule("encoder.layer")
