@@ -2,10 +2,10 @@
 .DEFAULT_GOAL := help
 PATHS ?= packages kernels
 
-.PHONY: help sync fix lint test slow native bench docs evidence new-plugin
+.PHONY: help sync fix lint test slow native bench docs evidence evidence-selection new-plugin
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 sync:  ## install the workspace and its tools, as the lock says
 	uv sync --locked
@@ -37,6 +37,9 @@ docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
 
 evidence:  ## compute the cells of docs/evidence that are missing
 	uv run --group evidence python tools/bench/evidence.py
+
+evidence-selection:  ## the same for selectors; needs the texts that tools/bench/labelled.py names
+	uv run python tools/bench/selection.py
 
 new-plugin:  ## start a plug-in: make new-plugin name=ternary
 	@test -n "$(name)" || { echo "give it a name: make new-plugin name=ternary"; exit 2; }

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from qcore.calibration.observer import Observer
+from qcore.calibration.selectors import Selector
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
@@ -51,6 +52,8 @@ class CalibrationSettings:
     starts_weight: what all starts together weigh, against all other rows together
     precision: of the matrix products of the model while it is calibrated (statistics are always float32): "float32", "bfloat16", or "auto" =
              bfloat16 where the processor multiplies it natively, which takes half the time
+    select:  chooses the samples by what they are about (`qcore.calibration.selectors`), in place of the seed
+    candidates: how many windows it chooses from, at most; where the text has more, the seed draws them
     """
 
     samples: int = 64
@@ -60,9 +63,11 @@ class CalibrationSettings:
     starts: int = 0
     starts_weight: float = 1.0
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    select: Selector | None = None
+    candidates: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("samples", "length", "batch"):
+        for name in ("samples", "length", "batch", "candidates"):
             if getattr(self, name) < 1:
                 raise SpecError(f"calibration.{name} is at least 1, got {getattr(self, name)}")
         if self.starts < 0 or self.starts_weight <= 0:

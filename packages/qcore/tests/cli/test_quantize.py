@@ -231,3 +231,32 @@ def test_qcore_debug_shows_the_traceback_of_a_users_error(run, pretend, monkeypa
     monkeypatch.setenv("QCORE_DEBUG", "1")
     with pytest.raises(NotFound):
         run("quantize", "toy:", "-r", "nothing", "-o", "out")
+
+
+def test_a_selector_chooses_the_calibration_text(run, pretend, registry) -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    import torch
+
+    @dataclass(frozen=True)
+    class Longest:
+        """The samples with the largest norm, shortest first where turned round."""
+
+        name: ClassVar[str] = "longest"
+        turned: bool = False
+
+        def select(self, embeddings, k, scores=None):
+            order = embeddings.sum(1).argsort(stable=True).tolist()
+            return (order if self.turned else order[::-1])[:k]
+
+    registry.selectors.add("longest", Longest, "qplug-longest")
+    recipe, seen = ("quantize", "toy:", "-r", "w4a16-gptq"), {}
+    turned = ("--select", "longest", "--set", "calibration.select.turned=true")
+    for out, extra in (("plain", ()), ("chosen", ("--select", "longest")), ("turned", turned)):
+        assert run(*recipe, "-o", out, *extra).code == 0
+        seen[out] = torch.cat([b["input_ids"] for b in pretend.batches if b["input_ids"].shape[1] > 1])
+    assert seen["plain"].shape == seen["chosen"].shape
+    assert not torch.equal(seen["plain"], seen["chosen"]) and not torch.equal(seen["chosen"], seen["turned"])
+    wrong = run(*recipe, "-o", "wrong", "--select", "longst")
+    assert wrong.code == 2 and "did you mean 'longest'" in wrong.err

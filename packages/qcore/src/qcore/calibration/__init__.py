@@ -14,6 +14,7 @@ from qcore.calibration.observers import (
     Percentile,
     StreamingObserver,
 )
+from qcore.calibration.selectors import Selector
 
 __all__ = [
     "KL",
@@ -28,5 +29,6 @@ __all__ = [
     "Observer",
     "Percentile",
     "Seen",
+    "Selector",
     "StreamingObserver",
 ]

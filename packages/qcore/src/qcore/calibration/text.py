@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from qcore.calibration.selectors import Selector, choose_windows
 from qcore.errors import CalibrationError, NotFound
 
 TokenBatch = dict[str, Tensor]
@@ -32,6 +33,10 @@ class Amount(Protocol):
     def starts(self) -> int: ...
     @property
     def starts_weight(self) -> float: ...
+    @property
+    def select(self) -> Selector | None: ...
+    @property
+    def candidates(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class TextFile:
         return to_batches(windows, settings.batch) + start_batches(windows, settings.starts, settings.starts_weight, settings.seed)
 
     def windows(self, tokenizer: Any, settings: Amount) -> Tensor:
-        """[samples, length] token ids, in the order in which the seed chose them."""
+        """[samples, length] token ids, in the order in which the seed, or the selector, chose them."""
         ids = self.tokens(tokenizer)
         there = cut(ids, settings.length)
         if len(there) < settings.samples:
@@ -73,7 +78,11 @@ class TextFile:
                 f"({settings.samples} windows of {settings.length}); pass a longer text, or {fits}"
             )
         order = torch.randperm(len(there), generator=torch.Generator().manual_seed(settings.seed))
-        return there[order[: settings.samples]]
+        if settings.select is None:
+            return there[order[: settings.samples]]
+        # sorted: what a selector does with ties hangs on the text alone
+        pool = there[order[: max(settings.candidates, settings.samples)].sort().values]
+        return choose_windows(pool, settings.samples, settings.select)
 
 
 def read_text(path: Path) -> str:

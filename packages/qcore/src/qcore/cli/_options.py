@@ -20,6 +20,9 @@ TokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Tokens 
 WindowOption = Annotated[
     int | None, typer.Option("--window", min=2, help="Tokens of one evaluation window [default: 256 for tiny models, else 512].", show_default=False)
 ]
+SelectOption = Annotated[
+    str | None, typer.Option("--select", metavar="NAME", help="Choose calibration text by what it says (`qcore methods selectors`), not by seed.")
+]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The adapter to use, where several match.")]
 MaxRamOption = Annotated[
     str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory the run may take, 3GiB or 3500MB [default: what is free].", show_default=False)

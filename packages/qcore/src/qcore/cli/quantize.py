@@ -24,6 +24,7 @@ from qcore.cli._options import (
     MaxRamOption,
     ModelArg,
     RecipeOption,
+    SelectOption,
     SetOption,
     StreamOption,
     TokensOption,
@@ -49,6 +50,7 @@ def quantize(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
@@ -76,7 +78,8 @@ def quantize(
         return
     meter = MemoryMeter()
     own = registry()
-    wanted = load_recipe(recipe, own, setting or ())
+    overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+    wanted = load_recipe(recipe, own, overrides)
     started = time.perf_counter()
     loaded, chosen = open_model(model, own, adapter)
     seconds = {"load": time.perf_counter() - started}
@@ -90,7 +93,7 @@ def quantize(
             text,
             eval_tokens=eval_tokens,
             window=window,
-            overrides=tuple(setting or ()),
+            overrides=overrides,
             seconds=seconds,
             meter=meter,
             max_ram=limit,
