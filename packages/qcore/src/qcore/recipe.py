@@ -18,7 +18,7 @@ AUTO_SCALE = "auto"
 class Rule:
     """What to store for the sites that match; the last rule that matches a site wins.
 
-    sites:   a shell pattern over `str(site)`: "*:weight", "*.down_proj:weight", "*:input", "*.experts:*"
+    sites:   a shell pattern over the names of a site (`Site.names`): "*:weight", "*.down_proj:weight", "*:input", "*.experts.*:weight", "*:router"
     spec:    what to store; None leaves the site float
     solver:  another solver for these sites; None = the recipe's
     packing: a packing by name; None = the first that accepts the spec
@@ -81,7 +81,8 @@ class Recipe:
 
     def rule_for(self, site: Site) -> Rule | None:
         """The last rule whose pattern matches."""
-        return next((r for r in reversed(self.rules) if fnmatchcase(str(site), r.sites)), None)
+        names = site.names
+        return next((r for r in reversed(self.rules) if any(fnmatchcase(name, r.sites) for name in names)), None)
 
     def specs_for(self, sites: Iterable[Site], dtype_name: str = "float32") -> dict[Site, QuantSpec]:
         """What to store for each site that is to be quantized.  dtype_name: of the model, for automatic scale dtypes"""
@@ -94,7 +95,7 @@ class Recipe:
 
     def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
         """Rules that match none of `sites`: a typing error, most likely."""
-        names = [str(site) for site in sites]
+        names = [name for site in sites for name in site.names]
         return [rule for rule in self.rules if not any(fnmatchcase(name, rule.sites) for name in names)]
 
 
