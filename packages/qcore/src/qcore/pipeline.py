@@ -156,6 +156,7 @@ class _Run:
         self.compute = compute_dtype(loaded.dtype)
         self._installed: set[str] = set()
         self._wrapped: set[str] = set()
+        self._own_stacks: set[str] = set()
         self._owners = _Owners(self.model)
         self._ties = tied_groups(self.model)
 
@@ -292,8 +293,10 @@ class _Run:
     def _matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
-        param = getattr(owner, site.tensor)
-        whole = layout(owner, site.tensor).matrix(param.detach())
+        own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
+        if site.part is not None and own.piece is not None:
+            return own.piece(param.detach(), site.part).clone()
+        whole = own.matrix(param.detach())
         rows = _rows(site, whole, param)
         return whole if rows is None else whole[rows]
 
@@ -303,12 +306,19 @@ class _Run:
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
         values = q.dequantize().to(matrix.dtype)
         error, of = relative_error(matrix, values, seen.get("gram"))
-        whole = own.matrix(param.detach())
-        rows = _rows(site, whole, param)
-        if rows is not None:
-            whole = whole.clone()
-            whole[rows] = values
-        param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
+        if site.part is not None and own.piece is not None:
+            # a stack is copied once, not once for each of its experts; the copy is this run's own
+            if site.param not in self._own_stacks:
+                param.data = param.data.clone()
+                self._own_stacks.add(site.param)
+            own.piece(param.data, site.part).copy_(values)
+        else:
+            whole = own.matrix(param.detach())
+            rows = _rows(site, whole, param)
+            if rows is not None:
+                whole = whole.clone()
+                whole[rows] = values
+            param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
         packing = self._packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(
