@@ -11,6 +11,13 @@ def qcore_adapters():
 
 
 @hookimpl
+def qcore_modules():
+    from qplug_llm.experts import ExpertStack, PackedMatrix
+
+    return [ExpertStack, PackedMatrix]
+
+
+@hookimpl
 def qcore_sources():
     from qplug_llm.sources import GGUF, TransformersFolder
 
