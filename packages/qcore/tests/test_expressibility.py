@@ -277,7 +277,11 @@ def test_each_expert_of_a_fused_stack_is_a_site_weighted_by_its_affinity(registr
     affinity, chosen = model[0].router(flat).softmax(-1).max(-1)
     solver = KeepsGram({})
     q = quantize_model(
-        load_in_memory(model), Recipe(rules=(Rule("*:*[[]?[]]", int_weight(4, 8)),), solver=solver), [x], registry=registry, adapter=ExpertsAdapter()
+        load_in_memory(model),
+        Recipe(rules=tuple(Rule(f"*:{name}[[]?[]]", int_weight(4, 8)) for name in ("up", "down")), solver=solver),
+        [x],
+        registry=registry,
+        adapter=ExpertsAdapter(),
     )
     assert [r.site for r in q.sites] == ["0:up[0]", "0:up[1]", "0:down[0]", "0:down[1]"]
     for e in range(2):

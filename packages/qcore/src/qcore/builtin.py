@@ -43,8 +43,9 @@ def qcore_modules():
     from qcore.modules.hadamard import OnlineHadamard
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
+    from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap]
 
 
 @hookimpl

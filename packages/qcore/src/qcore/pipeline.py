@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer, Seen
+from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
 from qcore.checkpoint.journal import Journal
-from qcore.errors import at
+from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
-from qcore.model.tap import attach
+from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules import module_name, place, rebuild
 from qcore.modules.online import Online
 from qcore.modules.replace import Stored, quantized_leaf, quantized_stack
+from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor, QuantSpec
 from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, split_rows
 from qcore.packing import first_that_accepts
@@ -149,8 +151,7 @@ class _Run:
         self.adapter.prepare(self.model)
         self.topology = self.adapter.topology(self.model)
         dtype_name = str(loaded.dtype).removeprefix("torch.")
-        wished = [s for site in self.topology.sites for s in (site, site.input)] + list(self.topology.activations)
-        specs = recipe.specs_for(wished, dtype_name)
+        specs = recipe.wishes(self.topology, dtype_name)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, Rewrite())
         self.dtype_name = dtype_name
         self.compute = compute_dtype(loaded.dtype)
@@ -215,23 +216,37 @@ class _Run:
         materialize(module, block.module, self.reader, self.compute)
         stages = self._stages(block)
         runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage]) if feed is not None else None
+        outputs: list[Tensor] = []
+        if runner is not None and self.recipe.propagate == "float":
+            with self.timed("advance"):
+                outputs = runner.outputs()
+            stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
+        inputs: dict[Site, dict[str, Tensor]] = {}
         for stage in stages:
             with self.timed("observe"):
                 seen = self._observe_stage(stage, runner)
             with self.timed("solve"):
                 for sites in self._together(stage, seen):
                     solved |= self._solve_sites(sites, seen[sites[0]])
+                inputs |= {site.input: self._static_parts(site.input, seen[site]) for site in stage if self._is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
         _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
-        with self.timed("advance"):
-            outputs = runner.outputs() if runner is not None else []
-        if feed is not None:
-            feed.advance(outputs)
+        handlers = self._tap_handlers(block, feed, index)
+        if runner is not None and self.recipe.propagate == "weights":
+            with self.timed("advance"):
+                outputs = runner.outputs()
         for path in dict.fromkeys(site.module for site in solved):
             with at(path):
-                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path})
+                self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path}, inputs)
+        for site, handler in handlers.items():
+            attach(self.model.get_submodule(site.module), site.tensor, handler, site.part)
+        if feed is not None and self.recipe.propagate == "all":
+            with self.timed("advance"):
+                outputs = BlockRunner(feed, index, self.model.get_submodule(block.module), []).outputs()
+        if feed is not None:
+            feed.advance(outputs)
         self.result.sites += [record for _, record in solved.values()]
         if self.journal:
             self._journal_block(block, index, [record for _, record in solved.values()], outputs)
@@ -257,11 +272,46 @@ class _Run:
             self.result.rewrite = self.result.rewrite.then(found)
 
     def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
-        wanted: dict[Site, tuple[Observer, ...]] = {site.input: tuple(self._solver(site).observes) for site in stage}
         if runner is None:
             return {site: {} for site in stage}
+        wanted: dict[Site, tuple[Observer, ...]] = {}
+        for site in stage:
+            wanted[site.input] = (*self._solver(site).observes, *self._range_observers(site.input))
         seen = runner.observe(wanted)
         return {site: seen[site.input] for site in stage}
+
+    # activations -------------------------------------------------------------------------------------------------------------------------
+
+    def _is_static(self, site: Site) -> bool:
+        spec = self._activation_spec(site)
+        return spec is not None and spec.when == "static" and spec.scaled
+
+    def _range_observers(self, site: Site) -> tuple[Observer, ...]:
+        if not self._is_static(site):
+            return ()
+        rule, spec = self.recipe.rule_for(site), self._activation_spec(site)
+        assert rule is not None and spec is not None
+        with at(site):
+            return (range_observer(spec, rule.observer),)
+
+    def _static_parts(self, site: Site, seen: Seen) -> dict[str, Tensor]:
+        rule, spec = self.recipe.rule_for(site), self._activation_spec(site)
+        assert rule is not None and spec is not None
+        with at(site):
+            return range_parts(seen["range"], spec, "minmax" if rule.observer is None else rule.observer.name)
+
+    def _tap_handlers(self, block: Block, feed: BlockFeed | None, index: int) -> dict[Site, Tap]:
+        """What quantizes the tensors inside the block's modules; static ranges are those that the solved weights lead to."""
+        sites = [s for s in self.topology.activations if within(s.module, block.module) and s in self.result.specs]
+        static = {s: self._range_observers(s) for s in sites if self._is_static(s)}
+        seen: Mapping[Site, Seen] = {}
+        if static:
+            if feed is None:
+                raise CalibrationError(f"{next(iter(static))} is to have a static scale, which needs calibration data; pass --calib")
+            with self.timed("observe"):
+                # a runner that has solved sites would replay the very modules that are tapped
+                seen = BlockRunner(feed, index, self.model.get_submodule(block.module), []).observe(static)
+        return {s: QuantizedTap(self.result.specs[s], self._static_parts(s, seen[s]) if s in static else None) for s in sites}
 
     def _together(self, stage: Sequence[Site], seen: Mapping[Site, Seen]) -> list[list[Site]]:
         """The sites of a stage, those in one list that one solve serves: the same input, spec and solver, and rows that are solved apart anyway.
@@ -334,15 +384,20 @@ class _Run:
             seconds=round(seconds, 4),
         )
 
-    def _replace(self, path: str, solved: Mapping[Site, QTensor]) -> None:
-        """Put the packed module where the float leaf was."""
+    def _replace(self, path: str, solved: Mapping[Site, QTensor], inputs: Mapping[Site, Mapping[str, Tensor]]) -> None:
+        """Put the packed module where the float leaf was.  inputs: scale and offset of the inputs that have static ones"""
         leaf = leaf_at(self.model, path)
         wrapper = self.model.get_submodule(path)
         first = next(iter(solved))
         if any(site.part is not None or site.tensor != "weight" for site in solved):
             packed = {}
             for site, q in solved.items():
-                packed[(site.tensor, site.part)] = Stored(weight=q, packing=self._packing(site, q.shape), activation=self._activation(site))
+                packed[(site.tensor, site.part)] = Stored(
+                    weight=q,
+                    packing=self._packing(site, q.shape),
+                    activation=self._activation(site),
+                    activation_parts=inputs.get(site.input, {}),
+                )
             self.model.set_submodule(path, quantized_stack(leaf, packed))
             return
         q = concat_rows([solved[site] for site in sorted(solved, key=lambda s: [r.start for r in s.channels])])
@@ -350,6 +405,7 @@ class _Run:
             weight=q,
             packing=self._packing(first, q.shape),
             activation=self._activation(first),
+            activation_parts=inputs.get(first.input, {}),
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
@@ -391,7 +447,13 @@ class _Run:
         return rule.solver if rule is not None and rule.solver is not None else self.recipe.solver
 
     def _activation(self, site: Site) -> QuantSpec | None:
-        return self.result.specs.get(site.input)
+        """The spec of what a weight reads."""
+        return self._activation_spec(site.input)
+
+    def _activation_spec(self, site: Site) -> QuantSpec | None:
+        if site not in self.result.specs:  # a leaf that a split made of one
+            self.result.specs |= self.recipe.specs_for([site], None)
+        return self.result.specs.get(site)
 
     def _packings(self, site: Site) -> list[Any]:
         rule = self.recipe.rule_for(site)
@@ -444,7 +506,9 @@ class _Run:
     def _needs_data(self) -> bool:
         """Whether anything in the recipe looks at calibration data."""
         sites = [s for s in self.topology.sites if s in self.result.specs]
-        observing = any(self._solver(s).observes for s in sites)
+        observing = any(self._solver(s).observes or self._is_static(s.input) for s in sites) or any(
+            self._is_static(s) for s in self.topology.activations
+        )
         block_wants = any(
             t.wants(self.topology.within(b), self.result.specs)
             for t in self.recipe.transforms

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcore.errors import NotFound, PlanError, QcoreError
+from qcore.calibration.ranges import range_observer
+from qcore.errors import NotFound, PlanError, QcoreError, SpecError
 from qcore.model.adapter import ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
@@ -188,7 +189,7 @@ class _Planner:
         self.model = self.loaded.model
         self.sites = self.topology.sites
         self.all_sites = [s for site in self.sites for s in (site, site.input)] + list(self.topology.activations)
-        self.specs = self.recipe.specs_for(self.all_sites, str(self.loaded.dtype).removeprefix("torch."))
+        self.specs = self.recipe.wishes(self.topology, str(self.loaded.dtype).removeprefix("torch."))
         self.groups = tied_groups(self.model)
         self.packings = {name: cls() for name, cls in self.registry.packings.items()}
         self.kernels = [cls() for cls in self.registry.kernels.values()]
@@ -200,7 +201,7 @@ class _Planner:
         self._check_rules()
         self._check_tensors()
         uses = self._transforms()
-        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs)
+        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs) or bool(self._static)
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
@@ -315,19 +316,18 @@ class _Planner:
                 why = f"rule {own.sites!r} leaves its weight float" if own is not None else "no rule names its weight"
                 self.notes.append(f"{site.input} is not quantized, though a rule names it: {why}")
 
-        # what the pipeline cannot do yet must not be wished for in silence
-        inside = [site for site in self.topology.activations if site in self.specs]
-        if inside:
-            self.problems.append(
-                f"rules name {len(inside)} tensors inside modules, such as {inside[0]}; activations are quantized only where weights read them "
-                "(sites like '*:input'); narrow the pattern"
-            )
-        static = [site.input for site in self.sites if site in self.specs and site.input in self.specs and self.specs[site.input].when == "static"]
-        if static:
-            self.problems.append(
-                f"{len(static)} inputs, such as {static[0]}, are to have static scales, which are not calibrated yet; "
-                'write when = "dynamic" in their rule'
-            )
+        for site in self._static:
+            own = self.recipe.rule_for(site)
+            try:
+                range_observer(self.specs[site], None if own is None else own.observer)
+            except SpecError as e:
+                self._problem(site, str(e))
+
+    @property
+    def _static(self) -> list[Site]:
+        """The activations whose scales are found while calibrating."""
+        inputs = [site.input for site in self.sites if site in self.specs]
+        return [s for s in dict.fromkeys([*inputs, *self.topology.activations]) if s in self.specs and self.specs[s].when == "static"]
 
     def _check_tensors(self) -> None:
         known = {name for name, *_ in owned_names(self.model, "")}

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from qcore.calibration.observer import Observer
 from qcore.errors import SpecError
-from qcore.model.topology import Site
+from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
 from qcore.solvers.base import WeightSolver
 from qcore.transforms.base import Transform
@@ -23,6 +24,7 @@ class Rule:
     solver:  another solver for these sites; None = the recipe's
     packing: a packing by name; None = the first that accepts the spec
     scale:   "auto" = the scale dtype that the model's own dtype holds exactly (see `resolve_scale`); only for specs with a float scale
+    observer: what finds the range of activations with static scales; None = the extremes
     """
 
     sites: str
@@ -30,6 +32,11 @@ class Rule:
     solver: WeightSolver | None = None
     packing: str | None = None
     scale: Literal["auto", "spec"] = "auto"
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        if self.observer is not None and (self.spec is None or self.spec.when != "static"):
+            raise SpecError(f"rule {self.sites!r}: an observer finds static scales of activations, but this rule stores {self.spec or 'floats'}")
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,23 @@ class Recipe:
         names = site.names
         return next((r for r in reversed(self.rules) if any(fnmatchcase(name, r.sites) for name in names)), None)
 
-    def specs_for(self, sites: Iterable[Site], dtype_name: str = "float32") -> dict[Site, QuantSpec]:
-        """What to store for each site that is to be quantized.  dtype_name: of the model, for automatic scale dtypes"""
+    def specs_for(self, sites: Iterable[Site], dtype_name: str | None = "float32") -> dict[Site, QuantSpec]:
+        """What to store for each site that is to be quantized.
+
+        dtype_name: of the model, for automatic scale dtypes; None for activations, whose scales stay float32
+        """
         specs = {}
         for site in sites:
             rule = self.rule_for(site)
             if rule is not None and rule.spec is not None:
-                specs[site] = resolve_scale(rule.spec, dtype_name) if rule.scale == "auto" else rule.spec
+                auto = rule.scale == "auto" and dtype_name is not None
+                specs[site] = resolve_scale(rule.spec, dtype_name) if auto else rule.spec  # type: ignore[arg-type]
         return specs
+
+    def wishes(self, topology: Topology, dtype_name: str) -> dict[Site, QuantSpec]:
+        """What to store for every site of a model: weights, what they read, and tensors inside modules."""
+        inputs = [site.input for site in topology.sites]
+        return self.specs_for(topology.sites, dtype_name) | self.specs_for([*inputs, *topology.activations], None)
 
     def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
         """Rules that match none of `sites`: a typing error, most likely."""

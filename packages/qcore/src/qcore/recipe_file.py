@@ -15,6 +15,12 @@ A class is named by `name`, its fields are the other keys; nothing else is accep
     sites = "*.lm_head:weight"
     float = true                                    # leave it float
 
+    [[rules]]                                       # activations: what a weight reads, with scales that calibration finds
+    sites = "*:input"
+    format = { name = "int", bits = 8 }
+    granularity = "tensor"
+    observer = { name = "percentile", q = 0.9999 }  # optional: minmax finds the extremes
+
     [solver]
     name = "gptq"
     damp = 0.01
@@ -44,7 +50,7 @@ from qcore.recipe import AUTO_SCALE, CalibrationSettings, Recipe, Rule
 Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
-_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing")
+_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer")
 _RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "calibration", "propagate")
 _PROPAGATE = ("float", "weights", "all")
 
@@ -207,6 +213,7 @@ class _Builder:
         packing = self.coerce(table.get("packing"), str | None, f"{where}.packing")
         if packing is not None and packing not in self.registry.packings:
             self.registry.packings[packing]  # raises NotFound with near names
+        observer = self.named("observers", table["observer"], f"{where}.observer") if "observer" in table else None
         leave = self.coerce(table.get("float", False), bool, f"{where}.float")
         told = [k for k in _SPEC_KEYS if k in table]
         if leave:
@@ -215,7 +222,10 @@ class _Builder:
             return Rule(sites, None, solver, packing, self._scale_mode(table, where))
         scale = table.get("scale", AUTO_SCALE)
         own = {k: table[k] for k in told if k != "scale"} | ({} if scale == AUTO_SCALE else {"scale": scale})
-        return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where))
+        try:
+            return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where), observer)
+        except SpecError as e:
+            raise e if str(e).startswith("recipe ") else self.fail(where, str(e)) from e
 
     def _scale_mode(self, table: Table, where: str) -> Literal["auto", "spec"]:
         auto = self.coerce(table.get("auto_scale", table.get("scale", AUTO_SCALE) == AUTO_SCALE), bool, f"{where}.auto_scale")
@@ -405,6 +415,8 @@ def _rule_table(rule: Rule) -> Table:
         table["solver"] = _class_table(rule.solver)
     if rule.packing is not None:
         table["packing"] = rule.packing
+    if rule.observer is not None:
+        table["observer"] = _class_table(rule.observer)
     return table
 
 

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from qcore.numbers import QuantSpec
+
 
 class Observer(Protocol):
     """A streaming summary of the rows that pass one site; resumable, and mergeable over data-parallel ranks.
@@ -30,6 +32,10 @@ class Observer(Protocol):
 
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> None:
         """Take in what other ranks saw, in the order given."""
+
+    def for_spec(self, spec: QuantSpec) -> Self:
+        """The same observer, told for which spec its range is wanted; most do not care."""
+        return self
 
     def fresh(self) -> Self:
         """A new observer with the same options that has seen nothing."""

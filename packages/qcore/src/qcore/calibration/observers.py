@@ -23,8 +23,8 @@ Ranges always include zero, as `qcore.numbers.block_range` does, and go straight
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -445,6 +445,9 @@ class MSE(Histogram):
         if self.p <= 0 or self.steps < 1 or not 0 < self.shrink <= 1:
             raise SpecError(f"observer 'mse' needs p > 0, steps ≥ 1 and shrink in (0, 1], got p={self.p}, steps={self.steps}, shrink={self.shrink}")
 
+    def for_spec(self, spec: QuantSpec) -> Self:
+        return replace(self, spec=spec)
+
     def _finish(self, state: State) -> Range:
         edges, counts = self._ascending(state)
         middles = ((edges[1:] + edges[:-1]) / 2).float()
@@ -483,6 +486,11 @@ class KL(Histogram):
         super().__post_init__()
         if not 2 <= self.bits <= 8 or 1 << (self.bits - 1) > self.bins:
             raise SpecError(f"observer 'kl' has 2 to 8 bits and at least 2^(bits-1) bins, got bits={self.bits}, bins={self.bins}")
+
+    def for_spec(self, spec: QuantSpec) -> Self:
+        if not isinstance(spec.format, Int):
+            raise SpecError(f"observer 'kl' compares histograms of integers, got {spec}; take minmax, percentile or mse")
+        return replace(self, bits=spec.format.bits)
 
     def _finish(self, state: State) -> Range:
         levels = 1 << (self.bits - 1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.model.adapter import ModelAdapter, tied_names
+from qcore.model.tap import tap
 from qcore.model.topology import Block, Invariance, Link, Port, Site, Topology
 
 ALL = Invariance.PERMUTE | Invariance.SCALE | Invariance.ROTATE
@@ -99,6 +100,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.c.rotary:
             q, k = _rope(q, int(self.size * self.c.rotary)), _rope(k, int(self.size * self.c.rotary))
+        q, k, v = (tap(self, name, x.transpose(1, 2).flatten(2)).unflatten(2, x.shape[1::2]).transpose(1, 2) for name, x in zip("qkv", (q, k, v)))
         groups = self.c.heads // self.c.kv_heads
         y = F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -225,7 +227,8 @@ class TinyDecoderAdapter(ModelAdapter):
             Port("model.embed_tokens.weight", "in"): "token ids choose its rows",
             Port("lm_head.weight", "out"): "the logits are the model's output",
         }
-        return Topology(tuple(blocks), tuple(links), blocked, ties=tied_names(model))
+        taps = tuple(Site(f"{block.module}.self_attn", t) for block in blocks for t in "qkv")
+        return Topology(tuple(blocks), tuple(links), blocked, taps, tied_names(model))
 
     def _norm_link(self, norm: str, readers: list[str], c: TinyConfig) -> Link:
         writes = (Port(f"{norm}.weight", "out", gain=c.norm_offset), *([Port(f"{norm}.bias", "out")] if c.norm == "layer" else []))
