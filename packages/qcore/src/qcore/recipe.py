@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from qcore.calibration.coverage import BELOW, Below
 from qcore.calibration.observer import Observer
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
@@ -50,6 +51,9 @@ class CalibrationSettings:
     starts_weight: what all starts together weigh, against all other rows together
     precision: of the matrix products of the model while it is calibrated (statistics are always float32): "float32", "bfloat16", or "auto" =
              bfloat16 where the processor multiplies it natively, which takes half the time
+    affinity: exponent of a row's weight, where a tap gives one: what a router multiplies an expert's output with.  1: MoEQuant's affinity-guided
+             error (https://arxiv.org/abs/2505.03804);  2: the squared error of what is added to the stream;  0: every row alike
+    minimum, below: rows that each part of a fused stack (an expert) must see, and what is done about parts that see fewer: see `Ledger`
     """
 
     samples: int = 64
@@ -59,15 +63,22 @@ class CalibrationSettings:
     starts: int = 0
     starts_weight: float = 1.0
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    affinity: float = 1.0
+    minimum: int = 1
+    below: Below = "fail"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "length", "batch"):
+        for name in ("samples", "length", "batch", "minimum"):
             if getattr(self, name) < 1:
                 raise SpecError(f"calibration.{name} is at least 1, got {getattr(self, name)}")
         if self.starts < 0 or self.starts_weight <= 0:
             raise SpecError(f"calibration.starts is 0 or more and starts_weight positive, got {self.starts} and {self.starts_weight}")
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise SpecError(f"calibration.precision is float32, bfloat16 or auto, got {self.precision!r}")
+        if not self.affinity >= 0:
+            raise SpecError(f"calibration.affinity is an exponent, 0 or more, got {self.affinity}")
+        if self.below not in BELOW:
+            raise SpecError(f"calibration.below is one of {', '.join(BELOW)}, got {self.below!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
