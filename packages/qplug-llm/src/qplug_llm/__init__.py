@@ -18,6 +18,13 @@ def qcore_modules():
 
 
 @hookimpl
+def qcore_calibrations():
+    from qplug_llm.ebss import EBSS
+
+    return [EBSS]
+
+
+@hookimpl
 def qcore_sources():
     from qplug_llm.sources import GGUF, TransformersFolder
 
