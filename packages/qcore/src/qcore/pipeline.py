@@ -19,11 +19,11 @@ from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
-from qcore.checkpoint.journal import Journal
+from qcore.checkpoint.journal import FinishedBlocks, Journal
 from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
-from qcore.model.reader import DictReader, TensorReader, materialize, release, retie, tied_groups
+from qcore.model.reader import DictReader, TensorReader, evaporate, materialize, release, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
@@ -76,6 +76,7 @@ class Quantized:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     coverage: Ledger = field(default_factory=Ledger)
+    values: TensorReader | None = None  # of a streamed run: the tensors that the model has on meta
 
 
 def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
@@ -115,6 +116,8 @@ def quantize_model(
     adapter: ModelAdapter | None = None,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    stream: bool = False,
+    keep: int = 2 << 30,
 ) -> Quantized:
     """Quantize `loaded.model` in place, block by block, and return it with its record.
 
@@ -122,8 +125,12 @@ def quantize_model(
     registry: shelves of packings, kernels, modules and adapters (`qcore.plugins.load_registry()`)
     progress: called with (phase, done, total)
     journal:  where finished blocks are kept; blocks that it holds are not computed again
+    stream:   keep one block in memory at a time: the model that comes back has its structure alone, its values are in `Quantized.values`
+    keep:     bytes of outputs inside a block that may be kept, so that solved layers need not be run again
     """
-    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal)
+    if stream and journal is None:
+        raise CalibrationError("a streamed run keeps its blocks in a journal; pass journal=Journal(folder, content)")
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep)
     with run.timed("coverage"):
         run.check_coverage()
     with run.timed("transform"):
@@ -148,9 +155,11 @@ class _Run:
         adapter: ModelAdapter | None,
         progress: Progress,
         journal: Journal | None,
+        stream: bool,
+        keep: int,
     ) -> None:
         self.loaded, self.recipe, self.batches, self.registry = loaded, recipe, batches, registry
-        self.progress, self.journal = progress, journal
+        self.progress, self.journal, self.stream, self.keep = progress, journal, stream, keep
         self.model = loaded.model.eval()
         self.adapter = adapter or adapter_for(self.model, registry.adapters)
         self.adapter.prepare(self.model)
@@ -173,19 +182,21 @@ class _Run:
     def check_coverage(self) -> None:
         """Fail before anything is solved where experts would see too few rows: one pass of the float model, where the policy is to fail."""
         stacks = {(s.module, s.tensor) for s in self.topology.sites if s.part is not None and s in self.result.specs and self._solver(s).observes}
-        finished = self.journal is not None and (self.journal.finished(len(self.topology.blocks)) or self.journal.rewrite() is not None)
-        if self.recipe.calibration.below != "fail" or not stacks or not self.batches or finished:
+        checked = self.journal is not None and self.journal.step("coverage") is not None
+        if self.recipe.calibration.below != "fail" or not stacks or not self.batches or checked:
             return
         first = dict(sorted(stacks))  # one of a module's parameters: the parts of all see the same tokens
         sites = [s for s in self.topology.sites if s.part is not None and first.get(s.module) == s.tensor]
         seen = self._observe_model({site.input: (Rows(),) for site in sites})
         census = Ledger(self.recipe.calibration.minimum, "fail", {site: seen[site.input][Rows.name] for site in sites})
         census.require()
+        if self.journal:
+            self.journal.keep_step("coverage", {}, {"checked": len(sites)})
 
     def fit_model_transforms(self) -> None:
         """Fit the transforms of scope "model", each on the model that the one before leaves."""
         transforms = [t for t in self.recipe.transforms if t.scope == "model"]
-        kept = self.journal.rewrite() if self.journal else None
+        kept = self.journal.step("rewrite") if self.journal else None
         if kept is not None:
             self.result.rewrite = Rewrite.from_state(*kept)
             return
@@ -197,25 +208,31 @@ class _Run:
             found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
-            self.journal.keep_rewrite(*self.result.rewrite.state())
+            self.journal.keep_step("rewrite", *self.result.rewrite.state())
 
     def solve_blocks(self) -> None:
         """Every block in its turn, on the outputs of the quantized blocks before it."""
         blocks = self.topology.blocks
-        self._settle_outside()
         needs_data = self._needs_data()
+        self._settle_outside(values=needs_data or not self.stream)
         done = self.journal.finished(len(blocks)) if self.journal else 0
         for index in range(done):
             assert self.journal is not None
             self._restore(blocks[index], *self.journal.block(index))
         feed = self._feed() if needs_data and done < len(blocks) else None
+        if self.stream and not any(b.feed == "rerun" for b in blocks):
+            self._release_outside()
         if feed is not None and done and not feed.rerun:
             assert self.journal is not None
-            feed.advance(self.journal.inputs(done))
+            feed.advance(self.journal.inputs(done, len(self.batches)))
         for index in range(done, len(blocks)):
             self.progress("block", index, len(blocks))
             self._solve_block(blocks[index], index, feed)
         self.progress("block", len(blocks), len(blocks))
+        if self.stream:
+            assert self.journal is not None
+            self._release_outside()
+            self.result.values = _StreamedValues(FinishedBlocks(self.journal, len(blocks)), self.reader, self.compute, self.loaded.dtype)
 
     def bind(self) -> None:
         """Let every quantized module choose its kernel."""
@@ -234,11 +251,10 @@ class _Run:
         module = self.model.get_submodule(block.module)
         materialize(module, block.module, self.reader, self.compute)
         stages = self._stages(block)
-        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage]) if feed is not None else None
-        outputs: list[Tensor] = []
+        runner = BlockRunner(feed, index, module, [s for stage in stages for s in stage], self.keep) if feed is not None else None
+        outputs: Sequence[Tensor] = []
         if runner is not None and self.recipe.propagate == "float":
-            with self.timed("advance"):
-                outputs = runner.outputs()
+            outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
@@ -254,21 +270,38 @@ class _Run:
         _round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
         if runner is not None and self.recipe.propagate == "weights":
-            with self.timed("advance"):
-                outputs = runner.outputs()
+            outputs = self._outputs(runner, index)
         for path in dict.fromkeys(site.module for site in solved):
             with at(path):
                 self._replace(path, {site: q for site, (q, _) in solved.items() if site.module == path}, inputs)
         for site, handler in handlers.items():
             attach(self.model.get_submodule(site.module), site.tensor, handler, site.part)
         if feed is not None and self.recipe.propagate == "all":
-            with self.timed("advance"):
-                outputs = BlockRunner(feed, index, self.model.get_submodule(block.module), []).outputs()
+            outputs = self._outputs(BlockRunner(feed, index, self.model.get_submodule(block.module), []), index)
         if feed is not None:
             feed.advance(outputs)
         self.result.sites += [record for _, record in solved.values()]
         if self.journal:
-            self._journal_block(block, index, [record for _, record in solved.values()], outputs)
+            self._journal_block(block, index, [record for _, record in solved.values()])
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))
+
+    def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
+        """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""
+        if index + 1 == len(self.topology.blocks):
+            return []
+        with self.timed("advance"):
+            if self.journal is None:
+                return runner.outputs()
+            journal, kept = self.journal, []
+
+            def keep(batch: int, hidden: Tensor) -> None:
+                journal.keep_input(index + 1, batch, hidden)
+                if not self.stream:
+                    kept.append(hidden)
+
+            runner.outputs(keep)
+            return journal.inputs(index + 1, len(self.batches)) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
         for transform in self.recipe.transforms:
@@ -503,8 +536,8 @@ class _Run:
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
-    def _settle_outside(self) -> None:
-        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta."""
+    def _settle_outside(self, values: bool = True) -> None:
+        """Give everything outside the blocks its (rewritten) weights, as they will be stored; blocks go to meta.  values: False = without weights"""
         held = [self.model.get_submodule(b.module) for b in self.topology.blocks]
         rerun = any(b.feed == "rerun" for b in self.topology.blocks)
         for path, insert in list(self.result.rewrite.inserts.items()):
@@ -513,6 +546,9 @@ class _Run:
         if not rerun:
             for block in held:
                 release(block)
+        if not values:
+            retie(self.model, self._ties, self.result.rewrite.unties)
+            return
         inside = {id(m) for block in held for m in block.modules()}
         _materialize_outside(self.model, inside, self.reader, self.compute)
         retie(self.model, self._ties, self.result.rewrite.unties)
@@ -521,6 +557,16 @@ class _Run:
             # later blocks are not reached by the passes of earlier ones, but a forward pass up to a block needs all before it
             for block in held:
                 release(block)
+
+    def _release_outside(self) -> None:
+        """Let go of the weights outside the blocks: they are read again when they are saved."""
+        inside = {id(m) for block in self.topology.blocks for m in self.model.get_submodule(block.module).modules()}
+        for m in self.model.modules():
+            if id(m) not in inside:
+                for own, p in m._parameters.items():
+                    if p is not None and not p.is_meta:
+                        m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        retie(self.model, self._ties, self.result.rewrite.unties)
 
     def _install(self, prefix: str) -> None:
         """Build the run-time modules that the rewrite inserts below `prefix`."""
@@ -567,8 +613,13 @@ class _Run:
                 materialize(module, block.module, self.reader, self.compute)
             return module(*call.args, **call.kwargs)
 
+        known = self.journal.step("feed") if self.journal else None
         with self.timed("inputs"):
-            feed.start(run_block)
+            feed.start(run_block, as_tuple=None if known is None else bool(known[1]["as_tuple"]))
+        if self.journal and known is None:
+            self.journal.keep_step("feed", {}, {"as_tuple": feed.as_tuple})
+        if self.stream and not feed.rerun:
+            release(self.model.get_submodule(self.topology.blocks[0].module))
         return feed
 
     def _autocast(self) -> torch.dtype | None:
@@ -587,14 +638,14 @@ class _Run:
             self._install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.reader, self.compute)
-            runner = BlockRunner(feed, index, module)
+            runner = BlockRunner(feed, index, module, keep=self.keep)
             seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
         return seen
 
-    def _journal_block(self, block: Block, index: int, records: list[SiteRecord], outputs: list[Tensor]) -> None:
+    def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None
         module = self.model.get_submodule(block.module)
         modules = {}
@@ -603,19 +654,18 @@ class _Run:
             if name is not None:
                 modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
-        self.journal.finish_block(
-            index,
-            tensors,
-            {"modules": modules, "records": [r.__dict__ for r in records], "coverage": self.result.coverage.records(block.sites)},
-            outputs,
-        )
+        coverage = self.result.coverage.records(block.sites)
+        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records], "coverage": coverage})
 
-    def _restore(self, block: Block, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    def _restore(self, block: Block, tensors: TensorReader, data: dict[str, Any]) -> None:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
         self._installed |= {path for path in self.result.rewrite.inserts if within(path, block.module)}
-        materialize(self.model.get_submodule(block.module), block.module, DictReader(tensors))
+        if self.stream:
+            evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
+        else:
+            materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.coverage.restore(data.get("coverage", ()))
         self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
 
@@ -626,6 +676,25 @@ class _Run:
             yield
         finally:
             self.result.seconds[phase] = round(self.result.seconds.get(phase, 0.0) + time.perf_counter() - started, 4)
+
+
+class _StreamedValues:
+    """The values of a streamed model: of finished blocks from the journal, of everything else as a run in memory would hold them."""
+
+    def __init__(self, blocks: FinishedBlocks, reader: TensorReader, compute: torch.dtype, stored: torch.dtype) -> None:
+        self._blocks, self._reader, self._compute, self._stored = blocks, reader, compute, stored
+
+    def names(self) -> Iterable[str]:
+        return dict.fromkeys([*self._blocks.names(), *self._reader.names()])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blocks or name in self._reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._blocks:
+            return self._blocks[name]
+        value = self._reader[name]
+        return value.to(self._compute).to(self._stored) if value.is_floating_point() else value
 
 
 class _Owners:

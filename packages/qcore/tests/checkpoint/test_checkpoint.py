@@ -445,7 +445,7 @@ def test_a_full_disk_leaves_nothing_behind(there, registry, tmp_path, monkeypatc
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["qcore.checkpoint.save"], "save_file", full)
+    monkeypatch.setattr(sys.modules["qcore.checkpoint.save"], "write_safetensors", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(quantized_net(int_weight(3, 8)), folder, registry=registry, overwrite=there)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before

@@ -220,14 +220,8 @@ def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
 
 def check_shapes(model: nn.Module, reader: SafetensorsReader, names: Mapping[str, str], folder: Path) -> None:
     """CheckpointError where a stored tensor has another shape than the configuration says."""
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(set(reader._where.values())):
-        with safe_open(file, framework="pt") as f:
-            shapes |= {n: list(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
     for name, value in model.state_dict(keep_vars=True).items():
-        there = shapes[names[name]]
+        there = list(reader.info(names[name]).shape)
         if there != list(value.shape):
             raise CheckpointError(
                 f"{folder}: {names[name]} is {there}, config.json asks for {list(value.shape)}; weights and configuration are of different models"

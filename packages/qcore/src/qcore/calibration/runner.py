@@ -118,21 +118,24 @@ class BlockFeed:
         self.affinity = affinity
         self.rerun = feeds == {"rerun"}
         self._contexts = [adapter.context(b) for b in batches]
-        self._hidden: list[Tensor] = []
+        self._hidden: Sequence[Tensor] = []
         self._arguments: list[list[BlockInput]] = []  # [block][batch], hidden states left out of all but the first
-        self._as_tuple = False
+        self.as_tuple = False  # whether blocks return their hidden states as the first of several
         self.visited_once: set[tuple[Any, ...]] = set()  # kinds of stages in which a whole pass saw every site once
         self.rests: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}  # what such a module returns beside it
         self.tails: dict[tuple[Any, ...], dict[str, str]] = {}  # kind of block → {module: the leaf whose output it returns}
 
     @torch.no_grad()
-    def start(self, run_block: Callable[[Block, BlockInput], Any] | None = None) -> None:
+    def start(self, run_block: Callable[[Block, BlockInput], Any] | None = None, as_tuple: bool | None = None) -> None:
         """Record what every block is called with.
 
         run_block: runs one block with its weights on one input; only asked for the first block, to see in what form it returns
+        as_tuple:  what that would find out, where it is known
         """
         if self.rerun:
             return
+        if as_tuple is not None:
+            self.as_tuple, run_block = as_tuple, None
         first, context = self.blocks[:1], self._contexts[0]
         with _relays(self.model, self.blocks, False) as relays:
             with running(context), ExitStack() as stack:
@@ -145,9 +148,10 @@ class BlockFeed:
             raise CalibrationError(f"block {first[0].module} was not run by a forward pass; the adapter's blocks are not the model's")
         if run_block is not None:
             out = run_block(first[0], BlockInput(*seen, context))
-            self._as_tuple = isinstance(out, tuple)
+            self.as_tuple = isinstance(out, tuple)
         self._arguments = [[] for _ in self.blocks]
-        with _relays(self.model, self.blocks, self._as_tuple) as relays:
+        hidden = []
+        with _relays(self.model, self.blocks, self.as_tuple) as relays:
             for batch, context in zip(self.batches, self._contexts, strict=True):
                 with running(context), ExitStack() as stack:
                     stack.callback(relays[-1].register_forward_hook(_stop).remove)
@@ -160,17 +164,25 @@ class BlockFeed:
                         )
                     recorded = BlockInput(*relay.seen, context)
                     if i == 0:
-                        self._hidden.append(recorded.hidden)
+                        hidden.append(recorded.hidden)
                     self._arguments[i].append(recorded.with_hidden(torch.empty(0)))
                     relay.seen = None
+        self._hidden = hidden
 
     def inputs(self, index: int) -> list[BlockInput]:
         """What block `index` is called with now, one for each batch."""
         return [a.with_hidden(h) for a, h in zip(self._arguments[index], self._hidden, strict=True)]
 
-    def advance(self, hidden: list[Tensor]) -> None:
-        """The block at hand put out `hidden`; the next one reads it."""
+    def advance(self, hidden: Sequence[Tensor]) -> None:
+        """The block at hand put out `hidden`, one tensor a batch; the next one reads it."""
         self._hidden = hidden
+
+    @torch.no_grad()
+    def outputs(self, batch: int) -> Tensor:
+        """What the model puts out for one batch, when its last block put out what was handed to `advance`."""
+        with _relays(self.model, self.blocks, self.as_tuple) as relays, running(self._contexts[batch]):
+            relays[-1].replacement = self._hidden[batch]
+            return self.adapter.outputs(self.model, self.batches[batch])
 
     @torch.no_grad()
     def run(self, index: int, batch: int, module: nn.Module) -> Any:
@@ -414,8 +426,11 @@ class BlockRunner:
 
                 stack.callback(original.register_forward_hook(keep).remove)
 
-    def outputs(self) -> list[Tensor]:
-        """The block's outputs for every batch, with the weights as they are now; [] where the model is rerun anyway."""
+    def outputs(self, keep: Callable[[int, Tensor], None] | None = None) -> list[Tensor]:
+        """The block's outputs for every batch, with the weights as they are now; [] where the model is rerun anyway.
+
+        keep: is given (batch, output) of each instead, and [] is returned
+        """
         if self.feed.rerun:
             return []
         hidden = []
@@ -423,7 +438,12 @@ class BlockRunner:
             with ExitStack() as stack:
                 self._stand_in(batch, stack)
                 out = self.feed.run(self.index, batch, self.module)
-            hidden.append(out[0] if isinstance(out, tuple) else out)
+            first = out[0] if isinstance(out, tuple) else out
+            if keep is None:
+                hidden.append(first)
+            else:
+                keep(batch, first)
+            del out, first
             for key in [k for k in self._kept if k[1] == batch]:
                 self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
         return hidden

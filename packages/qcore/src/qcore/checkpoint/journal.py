@@ -1,11 +1,12 @@
 """What a run has finished, on disk, so that a killed run goes on where it was.
 
     run folder/
+      lock                      held while a process writes here: a second one is refused
       run.json                  what the run is made of: weights, data, recipe, versions; a run with another content is refused
-      rewrite.safetensors .json what the model-wide transforms found
+      rewrite.safetensors .json what the model-wide transforms found; other steps that are found once lie beside it in the same way
       block-00003.safetensors   the finished block: packed parts, remaining parameters
-      block-00003.json          its modules' types and configs, its records, the edits of its own transforms
-      inputs-00004.safetensors  what the next block reads (that of earlier blocks is deleted)
+      block-00003.json          its modules' types and configs, and its records
+      inputs-00004-00007.safetensors   what the next block reads, of each batch (that of earlier blocks is deleted)
 
 A block is finished when its json lies there: it is written last, and every file is written beside, flushed, and renamed.
 """
@@ -13,16 +14,17 @@ A block is finished when its json lies there: it is written last, and every file
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from qcore.errors import CheckpointError
+from qcore.errors import CheckpointError, NotFound
+from qcore.model.safetensors_file import SafetensorsFile, write_safetensors
 
 
 def content_hash(data: Any) -> str:
@@ -41,35 +43,44 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Journal:
-    """The run folder of one quantization.
+    """The run folder of one quantization, locked until `close`.
 
-    content: JSON-ready description of all that decides the result; CheckpointError when the folder holds a run with another one
+    content: JSON-ready description of all that decides the result; CheckpointError when the folder holds a run with another one, or another process
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         there = _read_json(folder / "run.json") if (folder / "run.json").exists() else None
         wanted = json.loads(json.dumps(content, sort_keys=True))
         if there is None:
             _write_json(folder / "run.json", wanted)
         elif there != wanted:
+            self.close()
             differing = [k for k in sorted(set(there) | set(wanted)) if there.get(k) != wanted.get(k)]
             lines = "\n".join(f"  {k}: the run has {there.get(k)!r}, now {wanted.get(k)!r}" for k in differing)
             raise CheckpointError(f"{folder} holds a run made of something else; resume with the same, or delete the folder\n{lines}")
 
-    # the transforms of the whole model ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        self._lock.release()
 
-    def rewrite(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The journalled model-wide rewrite as (tensors, data), or None when that step was not finished."""
-        if not (self.folder / "rewrite.json").exists():
+    # steps that are found once ------------------------------------------------------------------------------------------------------------
+
+    def step(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep_step` kept under this name, as (tensors, data); None when that step was not finished."""
+        if not (self.folder / f"{name}.json").exists():
             return None
-        return self._tensors("rewrite"), _read_json(self.folder / "rewrite.json")
+        file = SafetensorsFile(self.folder / f"{name}.safetensors")
+        return {n: file[n] for n in file.names()}, _read_json(self.folder / f"{name}.json")
 
-    def keep_rewrite(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        self._keep("rewrite", tensors, data)
+    def keep_step(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Keep what one step found: a rewrite, an allocation, what was learned so far."""
+        self._save(name, tensors)
+        _write_json(self.folder / f"{name}.json", data)
 
-    # blocks ------------------------------------------------------------------------------------------------------------------------------
+    # blocks -------------------------------------------------------------------------------------------------------------------------------
 
     def finished(self, blocks: int) -> int:
         """How many blocks, counted from the first, are finished."""
@@ -78,57 +89,100 @@ class Journal:
             done += 1
         return done
 
-    def block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def block(self, index: int) -> tuple[SafetensorsFile, dict[str, Any]]:
+        """A finished block: its tensors, read when asked for, and its data."""
         name = f"block-{index:05}"
-        return self._tensors(name), _read_json(self.folder / f"{name}.json")
+        return SafetensorsFile(self.folder / f"{name}.safetensors"), _read_json(self.folder / f"{name}.json")
 
-    def inputs(self, index: int) -> list[Tensor]:
-        """The hidden states that block `index` reads, one for each batch."""
-        tensors = self._tensors(f"inputs-{index:05}")
-        return [tensors[str(i)] for i in range(len(tensors))]
-
-    def finish_block(self, index: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], next_inputs: list[Tensor]) -> None:
-        """Write a finished block and what the next one reads; the block counts as finished when this returns."""
-        if next_inputs:
-            self._save(f"inputs-{index + 1:05}", {str(i): t for i, t in enumerate(next_inputs)})
-        self._keep(f"block-{index:05}", tensors, data)
-        (self.folder / f"inputs-{index:05}.safetensors").unlink(missing_ok=True)
-
-    def delete(self) -> None:
-        """Remove the run folder: its content lives in the checkpoint now."""
-        for file in self.folder.iterdir():
+    def finish_block(self, index: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Keep a finished block, after the inputs of the next one; it counts as finished when this returns, and its own inputs are deleted."""
+        self.keep_step(f"block-{index:05}", tensors, data)
+        for file in self.folder.glob(f"inputs-{index:05}-*.safetensors"):
             file.unlink()
-        self.folder.rmdir()
 
-    # files -------------------------------------------------------------------------------------------------------------------------------
+    def keep_input(self, index: int, batch: int, hidden: Tensor) -> None:
+        """Keep what block `index` reads of one batch."""
+        self._save(f"inputs-{index:05}-{batch:05}", {"hidden": hidden})
 
-    def _keep(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        self._save(name, tensors)
-        _write_json(self.folder / f"{name}.json", data)
+    def inputs(self, index: int, batches: int) -> "Inputs":
+        """What block `index` reads, of each batch, read when asked for; CheckpointError where a batch is missing."""
+        missing = [b for b in range(batches) if not (self.folder / f"inputs-{index:05}-{b:05}.safetensors").is_file()]
+        if missing:
+            raise CheckpointError(f"{self.folder} lacks the inputs of block {index} for batch {missing[0]}; delete the folder and start again")
+        return Inputs(self.folder, index, batches)
+
+    # files --------------------------------------------------------------------------------------------------------------------------------
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         file = self.folder / f"{name}.safetensors"
-        # safetensors refuses tensors that share memory
-        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, file.with_suffix(".part"))
+        write_safetensors(file.with_suffix(".part"), tensors)
         _settle(file.with_suffix(".part"), file)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        file = self.folder / f"{name}.safetensors"
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file} cannot be read ({e}); delete {self.folder} and start again") from e
+    def delete(self) -> None:
+        """Remove the run folder: its content lives in the checkpoint now."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+
+class Inputs(Sequence[Tensor]):
+    """The hidden states that one block reads, one tensor a batch, on disk."""
+
+    def __init__(self, folder: Path, index: int, batches: int) -> None:
+        self._folder, self._index, self._batches = folder, index, batches
+
+    def __len__(self) -> int:
+        return self._batches
+
+    @overload
+    def __getitem__(self, batch: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, batch: slice) -> list[Tensor]: ...
+    def __getitem__(self, batch: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(batch, slice):
+            return [self[b] for b in range(*batch.indices(self._batches))]
+        if not 0 <= batch < self._batches:
+            raise IndexError(batch)
+        return SafetensorsFile(self._folder / f"inputs-{self._index:05}-{batch:05}.safetensors")["hidden"]
+
+
+class FinishedBlocks:
+    """A reader over the tensors of all finished blocks of a journal, under their names in the whole model."""
+
+    def __init__(self, journal: Journal, blocks: int) -> None:
+        files = [journal.block(index)[0] for index in range(journal.finished(blocks))]
+        self._where = {name: file for file in files for name in file.names()}
+
+    def names(self) -> Iterable[str]:
+        return self._where.keys()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._where:
+            raise NotFound(f"no finished block holds {name!r}")
+        return self._where[name][name]
+
+
+def _locked(folder: Path) -> FileLock:
+    """A lock on the folder, which the system takes away when the process ends, however it ends."""
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(f"another process is writing into {folder}; wait for it to end, or choose another folder") from None
+    return lock
 
 
 def _write_json(file: Path, data: Any) -> None:
     part = file.with_suffix(".json.part")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True))
+    part.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
     _settle(part, file)
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise CheckpointError(f"{file} is not JSON ({e}); delete {file.parent} and start again") from e
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.checkpoint.manifest import MANIFEST, Manifest
+from qcore.checkpoint.manifest import MANIFEST, Manifest, natural
 from qcore.errors import CheckpointError
 from qcore.model import ModelAdapter, SafetensorsReader, TensorReader, materialize
 from qcore.model.reader import missing_names, owned_names
@@ -61,7 +61,7 @@ def install(model: nn.Module, manifest: Manifest, registry: Any, adapter: ModelA
     if adapter is not None:
         adapter.prepare(model)
     # parents first, so that what lies inside a module finds it; handlers of one tap in their order
-    for path, entry in sorted(manifest.modules.items(), key=lambda item: (item[0].count("."), _natural(item[0]))):
+    for path, entry in sorted(manifest.modules.items(), key=lambda item: (item[0].count("."), natural(item[0]))):
         try:
             module = rebuild(registry.modules[entry.type], dict(entry.config), registry)
         except Exception as e:
@@ -193,8 +193,3 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 def _unsaved_on_meta(model: nn.Module) -> list[str]:
     """Computed buffers without values: no file will bring them."""
     return [name for name, b in model.named_buffers() if b.is_meta and name not in missing_names(model)]
-
-
-def _natural(path: str) -> tuple[Any, ...]:
-    """Sorts "9" before "10"."""
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("."))

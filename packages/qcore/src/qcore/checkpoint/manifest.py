@@ -26,6 +26,11 @@ def qcore_version() -> str:
         return "unknown"
 
 
+def natural(path: str) -> tuple[Any, ...]:
+    """A sort key of paths that puts "9" before "10"."""
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("."))
+
+
 @dataclass(frozen=True)
 class ModuleEntry:
     """One run-time module.

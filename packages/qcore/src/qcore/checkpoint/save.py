@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qcore.checkpoint.layout import Layout, compressed_tensors_config, layout_for, model_dtype
-from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, needed_names, origins_of
+from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, natural, needed_names, origins_of
 from qcore.errors import CheckpointError
+from qcore.model.reader import TensorReader
+from qcore.model.safetensors_file import write_safetensors
 from qcore.model.tap import Tap, TapChain
 from qcore.modules import StoredWeight, module_name, serve_in
 from qcore.modules.online import Online
@@ -39,6 +39,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     registry: Any = None,
     overwrite: bool = False,
+    values: TensorReader | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Write `model`, whose leaves were replaced by run-time modules, to `folder`.
@@ -49,6 +50,7 @@ def save(
     dtype:      in which the model is stored and served; `model` is converted to it in place first, so that both stay the same model.  None = as it is
     record:     JSON-ready: recipe, seed, data hash, coverage
     overwrite:  replace what is in `folder`; else a folder with content is an error
+    values:     the tensors that the model has on meta (`Quantized.values`), read one at a time while they are written
 
     CheckpointError when it cannot be written; then `folder` is as it was.
     """
@@ -63,8 +65,8 @@ def save(
         if layout.name == "compressed-tensors" and config is None:
             layout = Layout("qcore", ("there is no config.json, so transformers could not load it",))
         entries, shared = _entries(model, registry)
-        tensors, ties = _tensors(model, shared)
-        files = _write_shards(tensors, building, layout, shard_bytes)
+        tensors, ties = _tensors(model, shared, values)
+        files = _write_shards(tensors, building, layout, shard_bytes, values)
         needs = needed_names(entries.values())
         needs["adapters"] |= {adapter} - {""}
         needs["sources"] |= {source} - {""}
@@ -123,34 +125,34 @@ def _not_left_behind(path: str, module: nn.Module) -> None:
         raise CheckpointError(f"{path}: {type(module).__name__} is attached, but no registered module; detach it before saving")
 
 
-def _tensors(model: nn.Module, shared: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors to store, name → the name that stores it too)."""
+def _tensors(model: nn.Module, shared: Mapping[str, str], values: TensorReader | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to store, name → the name that stores it too).  Those on meta must be in `values`."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, t in model.state_dict().items():
+    for name, t in model.state_dict(keep_vars=True).items():
         if any(name.startswith(alias + ".") for alias in shared):
             continue
         if not isinstance(t, Tensor):
             raise CheckpointError(f"{name} is a {type(t).__name__} in the state dict; a checkpoint holds tensors alone")
-        if t.is_meta:
+        if t.is_meta and (values is None or name not in values):
             raise CheckpointError(f"{name} has no values (it is on meta); materialize the model before saving it")
-        key = (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+        key = (id(t),) if t.is_meta else (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
         if t.numel() and key in seen:
             ties[name] = seen[key]
             continue
         seen[key] = name
-        # a view keeps its whole storage alive, and safetensors refuses two views of one storage
-        whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
-        tensors[name] = t.detach().cpu() if whole else t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = t.detach()
     return tensors, ties
 
 
-def _write_shards(tensors: Mapping[str, Tensor], folder: Path, layout: Layout, shard_bytes: int) -> dict[str, int]:
+def _write_shards(tensors: Mapping[str, Tensor], folder: Path, layout: Layout, shard_bytes: int, values: TensorReader | None) -> dict[str, int]:
     """Write the tensors; returns file → bytes."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
-    for name, t in tensors.items():
+    # by name, layer 9 before layer 10: a module may hold its children in another order after a resumed run
+    for name in sorted(tensors, key=natural):
+        t = tensors[name]
         size = t.numel() * t.element_size()
         if size > room and shards[-1]:
             shards.append({})
@@ -159,8 +161,13 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, layout: Layout, s
         room -= size
     stem = _STEM[layout.name]
     names = [f"{stem}.safetensors"] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+
+    def value(name: str) -> Tensor:
+        t = tensors[name]
+        return values[name].to(t.dtype) if t.is_meta and values is not None else t
+
     for file, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, shard, {"format": "pt"}, value)
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, s in zip(names, shards, strict=True) for n in s}}
@@ -241,13 +248,11 @@ def _built_beside(folder: Path, overwrite: bool) -> Iterator[Path]:
         building.chmod(0o755)
         yield building
         for path in sorted(building.rglob("*")):
-            if path.is_file():
-                shutil.copymode(building / MANIFEST, path)  # safetensors writes files that only their owner may read
             _sync(path)
         _sync(building)
         _take_place(building, folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {e}; nothing was left behind") from e
     finally:
         if building is not None and building.exists():

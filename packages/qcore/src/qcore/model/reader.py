@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qcore.errors import CheckpointError, NotFound
+from qcore.model.safetensors_file import SafetensorsFile, TensorInfo
 
 
 class TensorReader(Protocol):
@@ -39,10 +40,10 @@ class DictReader:
 
 
 class SafetensorsReader:
-    """A reader over one safetensors file, or the shards of a folder.  Every read is a copy of its own: no pages of the file stay mapped."""
+    """A reader over one safetensors file, or the shards of a folder.  Every read is a copy of its own: no page of a file is ever mapped."""
 
     def __init__(self, path: Path) -> None:
-        self._where = _index(path)
+        self._where = {name: file for file in map(SafetensorsFile, shard_files(path)) for name in file.names()}
         self._path = path
 
     def names(self) -> Iterable[str]:
@@ -52,51 +53,45 @@ class SafetensorsReader:
         return name in self._where
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._file(name)[name]
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor, without reading it."""
+        return self._file(name).info(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
         if name not in self._where:
             raise NotFound(f"{self._path} has no tensor named {name!r}")
-        file = self._where[name]
-        try:
-            with safe_open(file, framework="pt") as f:
-                return f.get_tensor(name).clone()
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({e}); the file is truncated or corrupt, fetch it again") from e
+        return self._where[name]
 
     def dtype(self) -> torch.dtype:
-        """The most common float dtype, judged by the largest tensors' first names; float32 where nothing is float."""
+        """The dtype of most float values; float32 where nothing is float."""
         counts: dict[torch.dtype, int] = {}
-        for name in list(self._where)[:64]:
-            t = self[name]
-            if t.is_floating_point():
-                counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
+        for name in self._where:
+            own = self.info(name)
+            if own.dtype.is_floating_point:
+                counts[own.dtype] = counts.get(own.dtype, 0) + prod(own.shape)
         return max(counts, key=lambda d: counts[d]) if counts else torch.float32
 
 
-def _index(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+def shard_files(path: Path) -> list[Path]:
+    """The safetensors files of a model: the path itself, those that the index in this folder names, or all that lie there."""
     if path.is_file():
-        files = [path]
-    elif (path / "model.safetensors.index.json").is_file():
+        return [path]
+    if (path / "model.safetensors.index.json").is_file():
         index = path / "model.safetensors.index.json"
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as e:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(n for n in names if Path(n).name != n or n in ("", ".", ".."))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as e:
             raise CheckpointError(f"{index} is not a safetensors index ({e}); fetch it again") from e
-        if outside := sorted(n for n in names if Path(n).name != n):
+        if outside:
             raise CheckpointError(f"{index} names a shard outside its folder: {outside[0]!r}; refused")
-        files = [path / n for n in sorted(names)]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else "no such folder"
-            raise NotFound(f"{path} holds no *.safetensors file (there: {there or 'nothing'}); pickled weights (.bin, .pth) are not loaded")
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                where |= dict.fromkeys(f.keys(), file)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file} is not a readable safetensors file ({e}); it is missing, truncated or corrupt: fetch it again") from e
-    return where
+        return [path / n for n in sorted(names)]
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else "no such folder"
+    raise NotFound(f"{path} holds no *.safetensors file (there: {there or 'nothing'}); pickled weights (.bin, .pth) are not loaded")
 
 
 def owned_names(module: nn.Module, prefix: str, recurse: bool = True) -> list[tuple[str, nn.Module, str, bool]]:
@@ -138,6 +133,18 @@ def release(module: nn.Module) -> None:
         for own, p in m._parameters.items():
             if p is not None and not p.is_meta:
                 m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+@torch.no_grad()
+def evaporate(module: nn.Module) -> None:
+    """Put every parameter and every buffer that a checkpoint stores on meta, in place; computed buffers stay."""
+    release(module)
+    for m in module.modules():
+        for own, b in m._buffers.items():
+            if b is not None and not b.is_meta and own not in m._non_persistent_buffers_set:
+                m._buffers[own] = torch.empty_like(b, device="meta")
+        if callable(changed := getattr(m, "parts_changed", None)):
+            changed()
 
 
 def tied_groups(model: nn.Module) -> list[tuple[str, ...]]:

@@ -90,11 +90,11 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
             unpack=partial(self.packing.unpack, spec=self.spec, shape=self.shape),
         )
         self._choice = choose(self._kernels, self._job)
-        self._prepare()
+        self.parts_changed()
         return self
 
-    def _prepare(self) -> None:
-        """Give the kernel its own form of the parts; a kernel that runs from the stored ones costs no memory."""
+    def parts_changed(self) -> None:
+        """Give the kernel its own form of the parts, as they are now; a kernel that runs from the stored ones costs no memory."""
         parts = self.stored()
         self._prepared = None
         if any(t.is_meta for t in parts.values()):
@@ -150,14 +150,14 @@ class QuantizedLinear(StoredWeight, RuntimeModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._prepare()
+        self.parts_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepare()
+        self.parts_changed()
 
 
 @contextmanager
