@@ -55,8 +55,10 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        """Sites of one kind are one line of the table: the last name of the path, "q_proj:weight"."""
-        return self.site.rpartition(".")[2]
+        """Sites of one kind are one line of the table: the last name of the path, "q_proj:weight"; parts of a stack are of one kind."""
+        last = self.site.rpartition(".")[2]
+        name, bracket, part = last.partition("[")
+        return f"{name}[*]" if bracket and part.removesuffix("]").isdigit() else last
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Plan:
     problems:      what must be mended first
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate;  memory: bytes, an estimate
+    coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
     """
 
     model: str
@@ -90,6 +93,7 @@ class Plan:
     needs_data: bool = False
     flops: float = 0.0
     memory: int = 0
+    coverage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def effective_bits(self) -> float | None:
@@ -150,6 +154,7 @@ class Plan:
             "size": {"before_bytes": self.bytes_before, "after_bytes": self.bytes_after, "effective_bits": self.effective_bits},
             "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS, "memory_bytes": self.memory},
             "needs_calibration_data": self.needs_data,
+            "coverage": dict(self.coverage),
             "transforms": [asdict(t) for t in self.transforms],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
@@ -214,6 +219,7 @@ class _Planner:
             )
         if not decisions and not self.problems:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
+        coverage = self._coverage(needs_data)
         self._flush_alike()
         left = self._left_float()
         before, after = self._sizes(decisions)
@@ -231,6 +237,7 @@ class _Planner:
             needs_data=needs_data,
             flops=flops,
             memory=memory,
+            coverage=coverage,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -280,8 +287,8 @@ class _Planner:
         return None
 
     def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
-        """The kernel expected to run it; None where the module is no linear layer, whose op is known when it is replaced."""
-        if not isinstance(module, nn.Linear):
+        """The kernel expected to run it; None where neither the module nor a part of it is a linear layer, whose op is known when it is replaced."""
+        if not isinstance(module, nn.Linear) and site.part is None:
             return None
         try:
             unpack = partial(packing.unpack, spec=spec, shape=shape)
@@ -389,13 +396,52 @@ class _Planner:
         before = sum(p.numel() for p in self.model.parameters()) * self.itemsize
         return before, before + sum(d.bytes_after - d.bytes_before for d in decisions)
 
+    def _coverage(self, needs_data: bool) -> dict[str, Any]:
+        """What can be said of the experts' rows before any token was routed."""
+        parts: dict[str, int] = {}
+        for site in self.sites:
+            if site.part is not None and site in self.specs:
+                parts[site.module] = max(parts.get(site.module, 0), site.part + 1)
+        if not parts:
+            return {}
+        settings = self.recipe.calibration
+        tokens = settings.samples * settings.length if needs_data else 0
+        chosen = experts_per_token(self.model)
+        even = None if chosen is None else tokens * chosen // max(parts.values())
+        if needs_data and even is not None and even < settings.minimum and settings.below == "fail":
+            self.problems.append(
+                f"{tokens} calibration tokens, {chosen} experts for each, give each of {max(parts.values())} experts about {even} rows, fewer than "
+                f"calibration.minimum={settings.minimum}; use more: --set calibration.samples="
+                f"{-(-settings.minimum * settings.samples // max(even, 1))}, or say what to do: --set calibration.below=layer"
+            )
+        return {
+            "experts": sum(parts.values()),
+            "stacks": len(parts),
+            "tokens": tokens,
+            "from": "the calibration text" if settings.source is None else repr(settings.source),
+            "rows_if_even": even,
+            "minimum": settings.minimum,
+            "below": settings.below,
+        }
+
+    def _share(self, decision: Decision) -> float:
+        """The share of tokens that a weight sees: an expert is not always chosen."""
+        module, _, own = decision.site.partition(":")
+        chosen = experts_per_token(self.model)
+        if chosen is None or not own.endswith("]") or "[" not in own:
+            return 1.0
+        return min(1.0, chosen / max(1, getattr(self.model.get_submodule(module), own.partition("[")[0]).shape[0]))
+
     def _estimates(self, decisions: Sequence[Decision], needs_data: bool) -> tuple[float, int]:
         values = sum(d.values for d in decisions)
         settings = self.recipe.calibration
         tokens = settings.samples * settings.length if needs_data else 0
         grams = [d.shape[1] for d in decisions if needs_data]
         # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
-        flops = 4.0 * values * tokens + sum(2.0 * k * k * tokens for k in grams) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
+        shares = [self._share(d) for d in decisions]
+        seen = [(d.shape[1], tokens * share) for d, share in zip(decisions, shares, strict=True) if needs_data]
+        flops = 4.0 * tokens * sum(d.values * share for d, share in zip(decisions, shares, strict=True))
+        flops += sum(2.0 * k * k * rows for k, rows in seen) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
         width = min((d.shape[1] for d in decisions), default=0)
         total = sum(p.numel() for p in self.model.parameters())
         memory = 4 * total + 8 * tokens * width + 8 * max((k * k for k in grams), default=0)
@@ -412,6 +458,12 @@ class _Planner:
 def context_length(model: nn.Module) -> int | None:
     """How many tokens the model can see, where its config says so."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts a token is sent to, where the model's config says so."""
+    found = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def matrix_shape(module: nn.Module, site: Site) -> Shape:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from qcore.calibration.coverage import BELOW, Below
 from qcore.calibration.observer import Observer
+from qcore.calibration.source import CalibrationSource
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
@@ -53,6 +54,7 @@ class CalibrationSettings:
              bfloat16 where the processor multiplies it natively, which takes half the time
     affinity: exponent of a row's weight, where a tap gives one: what a router multiplies an expert's output with.  1: MoEQuant's affinity-guided
              error (https://arxiv.org/abs/2505.03804);  2: the squared error of what is added to the stream;  0: every row alike
+    source:  makes the calibration data with the float model, such as text that it samples from itself; None = windows of the calibration text
     minimum, below: rows that each part of a fused stack (an expert) must see, and what is done about parts that see fewer: see `Ledger`
     """
 
@@ -66,6 +68,7 @@ class CalibrationSettings:
     affinity: float = 1.0
     minimum: int = 1
     below: Below = "fail"
+    source: CalibrationSource | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch", "minimum"):

@@ -1,5 +1,7 @@
 """Language models for qcore: adapters for transformers' decoders, and sources that read its folders and GGUF files."""
 
+from pathlib import Path
+
 from qcore.plugins import hookimpl
 
 
@@ -26,6 +28,11 @@ def qcore_calibrations():
 
 @hookimpl
 def qcore_sources():
-    from qplug_llm.sources import GGUF, TransformersFolder
+    from qplug_llm.sources import GGUF, TransformersConfig, TransformersFolder
 
-    return [GGUF, TransformersFolder]
+    return [GGUF, TransformersFolder, TransformersConfig]
+
+
+@hookimpl
+def qcore_recipes():
+    return [Path(__file__).parent / "recipes"]

@@ -146,10 +146,10 @@ def run_quantize(
 
     steps = job.steps or Steps.real()
     loaded, tokenizer = job.loaded, job.loaded.tokenizer
-    plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=job.text.calibration is not None)
+    plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=has_data(job.recipe, job.text))
     plan.require()
     with job.timed("data"):
-        batches = job.text.calibration.batches(tokenizer, job.recipe.calibration) if plan.needs_data and job.text.calibration else []
+        batches = calibration_batches(job, steps, progress) if plan.needs_data else []
         task = None
         if job.text.evaluation is not None:
             length = window_length(job.window, loaded.model)
@@ -175,10 +175,10 @@ def run_quantize(
                     adapter=job.adapter.name,
                     companions=loaded.write_companions,
                     dtype=loaded.dtype,
-                    record=record_of(job, batches),
+                    record=record_of(job, batches) | {"coverage": result.coverage.to_dict()},
                     registry=job.registry,
                 )
-            rows, phases, notes = list(result.sites), dict(result.seconds), list(result.notes)
+            rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
             proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
             if samples := proof_batches(task, batches, tokenizer):
                 with job.timed("prove"):
@@ -196,9 +196,32 @@ def run_quantize(
                     scores = task.evaluate(lambda batch: job.adapter.outputs(reloaded, batch), reference, progress)
                 computed_in = str(computed).removeprefix("torch.")
                 quality = {"task": task.name, "computed_in": computed_in, "reference_precision": reference.precision, "scores": scores}
-        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder)
+        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder, ledger)
         report.write(folder / "report.json")
     return report
+
+
+def has_data(recipe: "Recipe", text: "TextPair") -> bool:
+    """Whether there will be calibration batches: a text, or a source that needs none."""
+    source = recipe.calibration.source
+    return text.calibration is not None or (source is not None and not source.needs_text())
+
+
+def calibration_batches(job: Job, steps: Steps, progress: Callable[[str, int, int], None]) -> list[Any]:
+    """Windows of the calibration text, or what the recipe's source makes with the float model, which is in memory only meanwhile."""
+    from qcore.calibration.text import start_batches, to_batches
+
+    settings, text, model = job.recipe.calibration, job.text.calibration, job.loaded.model
+    if settings.source is None:
+        return list(text.batches(job.loaded.tokenizer, settings)) if text else []
+    windows = settings.source.kept(model, settings)
+    if windows is None:
+        own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
+        steps.float_forward(job.loaded, job.adapter)
+        check_finite(model)
+        windows = settings.source.windows(model, settings, own, progress)
+        free(model)
+    return [*to_batches(windows, settings.batch), *start_batches(windows, settings.starts, settings.starts_weight, settings.seed)]
 
 
 def check_finite(model: Any) -> None:
@@ -271,6 +294,7 @@ def make_report(
     proof: Any,
     kernels: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]],
     folder: Path,
+    ledger: Mapping[str, Any],
 ) -> "Report":
     """Everything that was learnt, in one record."""
     import platform
@@ -284,7 +308,7 @@ def make_report(
 
     sites = []
     for r in records:
-        kernel, refused = kernels.get(r.site.rpartition(":")[0], ("–", ()))
+        kernel, refused = kernels.get(leaf_of(r.site), ("–", ()))
         values = 1
         for n in r.shape:
             values *= n
@@ -302,8 +326,8 @@ def make_report(
         },
         recipe={"name": job.recipe.name, "overrides": list(job.overrides), "toml": dump(job.recipe)},
         data={
-            "note": job.text.note(calibrated=bool(batches)),
-            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash),
+            "note": job.text.note(calibrated=bool(batches), source=job.recipe.calibration.source.name if job.recipe.calibration.source else ""),
+            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash, job.recipe.calibration.source),
             "evaluation": _data(job.text.evaluation, [task.windows] if task is not None else [], data_hash),
         },
         size={
@@ -316,7 +340,8 @@ def make_report(
         quality=quality,
         sites=sites,
         left_float=plan.left_float,
-        coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0},
+        coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0}
+        | ({"experts": ledger} if ledger["stacks"] else {}),
         seconds={k: round(v, 3) for k, v in job.seconds.items()},
         phases={k: round(v, 3) for k, v in phases.items()},
         memory=job.meter.to_dict() if job.meter is not None else {},
@@ -330,12 +355,13 @@ def make_report(
     )
 
 
-def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str]) -> dict[str, Any] | None:
-    if text is None or not windows:
+def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str], source: Any = None) -> dict[str, Any] | None:
+    if (text is None and source is None) or not windows:
         return None
+    read = {} if text is None or (source is not None and not source.needs_text()) else {"file": text.path.name, "part": [text.start, text.stop]}
     return {
-        "file": text.path.name,
-        "part": [text.start, text.stop],
+        **read,
+        **({} if source is None else {"source": repr(source)}),
         "windows": sum(len(w) for w in windows),
         "window": windows[0].shape[1],
         "tokens": sum(w.numel() for w in windows),
@@ -352,6 +378,13 @@ def kernels_of(model: Any) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]
             choice = explain()
             found[path] = (choice.kernel.name, tuple(choice.refused))
     return found
+
+
+def leaf_of(site: str) -> str:
+    """The path of the module that runs a site's weight: "layers.0.experts:up_proj[3]" runs as "layers.0.experts.up_proj.3"."""
+    module, _, own = site.partition(":")
+    name, bracket, part = own.partition("[")
+    return f"{module}.{name}.{part.removesuffix(']')}" if bracket and ":" not in part else module
 
 
 # the target folder ----------------------------------------------------------------------------------------------------------------------
