@@ -19,11 +19,12 @@ from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
+from qcore.calibration.stream import StreamedModel
 from qcore.checkpoint.journal import FinishedBlocks, Journal
 from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.layers import layout
-from qcore.model.reader import DictReader, TensorReader, evaporate, materialize, release, retie, tied_groups
+from qcore.model.reader import DictReader, TensorReader, evaporate, materialize, materialize_outside, release, release_outside, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
@@ -99,6 +100,21 @@ def float_forward(loaded: LoadedModel, adapter: ModelAdapter) -> Callable[[Batch
         return adapter.outputs(loaded.model, batch)
 
     return forward
+
+
+def streamed_float(loaded: LoadedModel, adapter: ModelAdapter) -> StreamedModel:
+    """The float model, one block of it in memory at a time."""
+    adapter.prepare(loaded.model)
+    model, dtype = loaded.model.eval(), compute_dtype(loaded.dtype)
+    blocks = adapter.topology(model).blocks
+    ties = tied_groups(model)
+    materialize_outside(model, [model.get_submodule(b.module) for b in blocks], loaded.reader, dtype)
+    retie(model, ties)
+
+    def fill(block: Block) -> None:
+        materialize(model.get_submodule(block.module), block.module, loaded.reader, dtype)
+
+    return StreamedModel(model, adapter, blocks, fill)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -549,8 +565,7 @@ class _Run:
         if not values:
             retie(self.model, self._ties, self.result.rewrite.unties)
             return
-        inside = {id(m) for block in held for m in block.modules()}
-        _materialize_outside(self.model, inside, self.reader, self.compute)
+        materialize_outside(self.model, held, self.reader, self.compute)
         retie(self.model, self._ties, self.result.rewrite.unties)
         _round_parameters(self.model, set(), "", self.loaded.dtype)
         if rerun:
@@ -560,12 +575,7 @@ class _Run:
 
     def _release_outside(self) -> None:
         """Let go of the weights outside the blocks: they are read again when they are saved."""
-        inside = {id(m) for block in self.topology.blocks for m in self.model.get_submodule(block.module).modules()}
-        for m in self.model.modules():
-            if id(m) not in inside:
-                for own, p in m._parameters.items():
-                    if p is not None and not p.is_meta:
-                        m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        release_outside(self.model, [self.model.get_submodule(b.module) for b in self.topology.blocks])
         retie(self.model, self._ties, self.result.rewrite.unties)
 
     def _install(self, prefix: str) -> None:
@@ -761,14 +771,6 @@ def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None) -> tuple
         delta, weight = (t.unflatten(0, (g.shape[0], -1)) for t in (delta, weight))
     lost, whole = (float(((t @ g) * t).double().sum()) for t in (delta, weight))
     return lost / max(whole, 1e-300), "output"
-
-
-def _materialize_outside(model: nn.Module, inside: set[int], reader: TensorReader, dtype: torch.dtype) -> None:
-    for path, m in model.named_modules():
-        if id(m) not in inside:
-            shallow = [n for n, p in m._parameters.items() if p is not None] + [n for n, b in m._buffers.items() if b is not None]
-            if shallow:
-                materialize(m, path, reader, dtype, recurse=False)
 
 
 def _round_parameters(module: nn.Module, solved: set[str], prefix: str, stored: torch.dtype) -> None:

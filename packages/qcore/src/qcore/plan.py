@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcore.budget import Budget, Work, choose_budget, footprint, too_small
 from qcore.calibration.ranges import range_observer
 from qcore.errors import NotFound, PlanError, QcoreError, SpecError
 from qcore.model.adapter import ModelAdapter
@@ -77,7 +78,8 @@ class Plan:
     left_float:    parameter → why it stays float
     problems:      what must be mended first
     notes:         what is worth knowing
-    flops:         of calibration and solving, an estimate;  memory: bytes, an estimate
+    flops:         of calibration and solving, an estimate
+    budget:        memory, an estimate, and whether the model is streamed
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
     """
 
@@ -92,7 +94,7 @@ class Plan:
     bytes_after: int = 0
     needs_data: bool = False
     flops: float = 0.0
-    memory: int = 0
+    budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,7 +154,8 @@ class Plan:
             "problems": list(self.problems),
             "notes": list(self.notes),
             "size": {"before_bytes": self.bytes_before, "after_bytes": self.bytes_after, "effective_bits": self.effective_bits},
-            "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS, "memory_bytes": self.memory},
+            "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS},
+            "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
             "transforms": [asdict(t) for t in self.transforms],
@@ -169,13 +172,19 @@ def make_plan(
     *,
     has_data: bool = True,
     device: str = "cpu",
+    max_ram: int | None = None,
+    stream: bool = False,
+    eval_tokens: int = 0,
 ) -> Plan:
     """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
 
     has_data: whether there will be calibration batches
+    max_ram:  bytes that the run may take; None = what the machine can give
+    stream:   whether to stream a model that would fit
+    eval_tokens: that the models will be compared on
     """
     adapter.prepare(loaded.model)
-    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device)).plan()
+    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens).plan()
 
 
 @dataclass
@@ -186,6 +195,9 @@ class _Planner:
     registry: Registry
     has_data: bool
     device: torch.device
+    max_ram: int | None = None
+    stream: bool = False
+    eval_tokens: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
@@ -223,7 +235,8 @@ class _Planner:
         self._flush_alike()
         left = self._left_float()
         before, after = self._sizes(decisions)
-        flops, memory = self._estimates(decisions, needs_data)
+        flops = self._flops(decisions, needs_data)
+        budget = self._budget(decisions, needs_data, after)
         return Plan(
             model=self.loaded.name,
             recipe=self.recipe.name,
@@ -236,7 +249,7 @@ class _Planner:
             bytes_after=after,
             needs_data=needs_data,
             flops=flops,
-            memory=memory,
+            budget=budget,
             coverage=coverage,
         )
 
@@ -432,20 +445,34 @@ class _Planner:
             return 1.0
         return min(1.0, chosen / max(1, getattr(self.model.get_submodule(module), own.partition("[")[0]).shape[0]))
 
-    def _estimates(self, decisions: Sequence[Decision], needs_data: bool) -> tuple[float, int]:
+    def _budget(self, decisions: Sequence[Decision], needs_data: bool, packed: int) -> Budget:
+        settings, shapes = self.recipe.calibration, {d.site: d.shape for d in decisions}
+        sites = [s for s in self.sites if s in self.specs and str(s) in shapes]
+        solves = [(s, shapes[str(s)], any(getattr(o, "name", o) == "gram" for o in self._solver(s).observes)) for s in sites]
+        work = Work(
+            tokens=settings.samples * settings.length if needs_data else 0,
+            batch_tokens=settings.batch * settings.length if needs_data else 0,
+            eval_tokens=self.eval_tokens,
+            values=8 if self.loaded.dtype is torch.float64 else 4,
+        )
+        streams = all(b.feed == "previous" for b in self.topology.blocks)
+        estimate = footprint(self.model, self.topology, solves, packed, work)
+        if (problem := too_small(estimate, self.max_ram, streams=streams)) is not None:
+            self.problems.append(problem)
+        if self.stream and not streams:
+            self.problems.append("the blocks of this model are not fed by the block before alone, so it cannot be streamed; leave out --stream")
+        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream)
+
+    def _flops(self, decisions: Sequence[Decision], needs_data: bool) -> float:
         values = sum(d.values for d in decisions)
         settings = self.recipe.calibration
         tokens = settings.samples * settings.length if needs_data else 0
-        grams = [d.shape[1] for d in decisions if needs_data]
         # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
         shares = [self._share(d) for d in decisions]
         seen = [(d.shape[1], tokens * share) for d, share in zip(decisions, shares, strict=True) if needs_data]
         flops = 4.0 * tokens * sum(d.values * share for d, share in zip(decisions, shares, strict=True))
         flops += sum(2.0 * k * k * rows for k, rows in seen) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
-        width = min((d.shape[1] for d in decisions), default=0)
-        total = sum(p.numel() for p in self.model.parameters())
-        memory = 4 * total + 8 * tokens * width + 8 * max((k * k for k in grams), default=0)
-        return flops + 100.0 * values, memory
+        return flops + 100.0 * values
 
     def _problem(self, site: Site, what: str) -> None:
         """Note a violation; those of the same wording become one line that counts its sites."""

@@ -167,7 +167,10 @@ class Pretend:
     level: str = "identical"
 
     def steps(self) -> Steps:
-        return Steps(self.float_forward, self.quantize_model, self.save, self.prove, self.load)
+        return Steps(self.float_forward, self.quantize_model, self.save, self.prove, self.load, self.never, self.never, self.never)
+
+    def never(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("a toy is not streamed")
 
     def _step(self, name: str) -> None:
         self.called.append(name)
@@ -179,7 +182,8 @@ class Pretend:
         materialize(loaded.model, "", loaded.reader)
         return lambda batch: adapter.outputs(loaded.model, batch)
 
-    def quantize_model(self, loaded: LoadedModel, recipe: Any, batches: Any, *, registry: Any, adapter: Any, progress: Any) -> Any:
+    def quantize_model(self, loaded: LoadedModel, recipe: Any, batches: Any, *, registry: Any, adapter: Any, progress: Any, **options: Any) -> Any:
+        assert not options["stream"] and options["journal"].finished(1) == 0
         assert all(p.is_meta for p in loaded.model.parameters())  # the float model's memory was given back
         self.batches = list(batches)
         self._step("quantize_model")
@@ -189,7 +193,9 @@ class Pretend:
         record = SimpleNamespace(
             site="mix:weight", spec="int4", solver="X()", packing="bits", shape=(64, 64), error=0.01, of="weight", bits=4.5, nbytes=2304, seconds=0.1
         )
-        return SimpleNamespace(model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"], coverage=Ledger())
+        return SimpleNamespace(
+            model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"], values=None, coverage=Ledger()
+        )
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
         assert options["adapter"] == options["source"] == "toy" and options["record"]["seed"] == 0

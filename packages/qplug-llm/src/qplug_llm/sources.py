@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from qcore.errors import CheckpointError, NotFound, QcoreError
-from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
+from qcore.model.reader import DictReader, SafetensorsReader, TensorReader, weights_fingerprint
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
 from torch import Tensor, nn
 
@@ -55,6 +55,9 @@ class RenamedReader:
         if name not in self._names:
             raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {', '.join(list(self._names)[:3])}")
         return self._reader[self._names[name]]
+
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self._reader)
 
 
 class TransformersFolder(ModelSource):

@@ -46,12 +46,17 @@ class Journal:
     """The run folder of one quantization, locked until `close`.
 
     content: JSON-ready description of all that decides the result; CheckpointError when the folder holds a run with another one, or another process
+    fresh:   forget whatever the folder holds
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, content: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
+        if fresh:
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         there = _read_json(folder / "run.json") if (folder / "run.json").exists() else None
         wanted = json.loads(json.dumps(content, sort_keys=True))
         if there is None:

@@ -1,6 +1,5 @@
 """Rebuild a model from a checkpoint.  Nothing of calibration, solvers or recipes is imported here."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from qcore.checkpoint.manifest import MANIFEST, Manifest, natural
 from qcore.errors import CheckpointError
-from qcore.model import ModelAdapter, SafetensorsReader, TensorReader, materialize
+from qcore.model import ModelAdapter, SafetensorsReader, materialize
 from qcore.model.reader import missing_names, owned_names
 from qcore.modules import place, rebuild
 from qcore.modules.stored import DTYPES, resolved
@@ -34,10 +33,11 @@ def load(
     folder, registry = Path(folder), resolved(registry)
     manifest = Manifest.read(folder)
     manifest.require(registry, str(folder / MANIFEST), adapter=adapter is None)
-    reader = _reader(folder, manifest)
-    model = skeleton if skeleton is not None else _skeleton(folder, manifest, registry)
+    reader = open_shards(folder, manifest)
+    model = skeleton if skeleton is not None else skeleton_of(folder, manifest, registry)
     model = install(model, manifest, registry, adapter)
-    _fill(model, manifest, reader, folder)
+    check_fit(model, manifest, reader, folder)
+    materialize(model, "", reader)
     tie(model, manifest)
     if left := [*missing_names(model), *_unsaved_on_meta(model)]:
         raise CheckpointError(
@@ -60,6 +60,11 @@ def install(model: nn.Module, manifest: Manifest, registry: Any, adapter: ModelA
         adapter = registry.adapters[manifest.adapter]()
     if adapter is not None:
         adapter.prepare(model)
+    return place_modules(model, manifest, registry)
+
+
+def place_modules(model: nn.Module, manifest: Manifest, registry: Any) -> nn.Module:
+    """`install` for a model that its adapter has prepared."""
     # parents first, so that what lies inside a module finds it; handlers of one tap in their order
     for path, entry in sorted(manifest.modules.items(), key=lambda item: (item[0].count("."), natural(item[0]))):
         try:
@@ -93,7 +98,7 @@ def bind(model: nn.Module, manifest: Manifest, registry: Any, device: torch.devi
             choose(kernels, device, DTYPES[manifest.dtype])
 
 
-def _skeleton(folder: Path, manifest: Manifest, registry: Any) -> nn.Module:
+def skeleton_of(folder: Path, manifest: Manifest, registry: Any) -> nn.Module:
     if not manifest.source:
         raise CheckpointError(f"{folder} does not say how its float architecture is built; pass it: load(folder, skeleton=model)")
     if manifest.source not in registry.sources:
@@ -106,37 +111,23 @@ def _skeleton(folder: Path, manifest: Manifest, registry: Any) -> nn.Module:
     return registry.sources[manifest.source]().skeleton(folder)
 
 
-def _reader(folder: Path, manifest: Manifest) -> TensorReader:
-    """Over exactly the files that the manifest names; their sizes are compared first, because a cut file is the commonest damage."""
+def open_shards(folder: Path, manifest: Manifest) -> SafetensorsReader:
+    """A reader over exactly the files that the manifest names; their sizes are compared first, because a cut file is the commonest damage."""
     if not manifest.files:
         raise CheckpointError(f"{folder / MANIFEST} names no weights file")
     for name, size in manifest.files.items():
         path = folder / name
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link; the files of a checkpoint lie in its folder: copy the file there")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it is truncated or was changed, fetch it again")
-    return _Shards([SafetensorsReader(folder / name) for name in manifest.files])
+    return SafetensorsReader(folder, [folder / name for name in manifest.files])
 
 
-class _Shards:
-    """Several readers as one."""
-
-    def __init__(self, readers: Iterable[SafetensorsReader]) -> None:
-        self._where = {name: reader for reader in readers for name in reader.names()}
-
-    def names(self) -> Iterable[str]:
-        return self._where.keys()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._where[name][name]
-
-
-def _fill(model: nn.Module, manifest: Manifest, reader: TensorReader, folder: Path) -> None:
-    """Read every tensor into its place; CheckpointError where names, shapes or stored dtypes differ."""
+def check_fit(model: nn.Module, manifest: Manifest, reader: SafetensorsReader, folder: Path) -> None:
+    """CheckpointError where names, shapes or dtypes of the stored tensors are not the model's; nothing but headers is read."""
     # what lies at the second path of a module is stored, and filled, under the first
     found = [entry for entry in owned_names(model, "") if not any(entry[0].startswith(path + ".") for path in manifest.shared)]
     expected = {name: (owner._parameters if is_param else owner._buffers)[own] for name, owner, own, is_param in found}
@@ -148,16 +139,14 @@ def _fill(model: nn.Module, manifest: Manifest, reader: TensorReader, folder: Pa
     if missing or unexpected:
         parts = [f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
         raise CheckpointError(f"the tensors of {folder} do not fit the model; {'; '.join(parts)}\nis the skeleton of the same architecture?")
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in expected.items() if t is not None}
-    materialize(model, "", reader)
-    for name, (shape, dtype) in shapes.items():
-        if name in manifest.ties:
+    for name, wanted in expected.items():
+        if wanted is None or name in manifest.ties:
             continue
-        now = _tensor(model, name)
-        if tuple(now.shape) != shape:
-            raise CheckpointError(f"{folder}: {name} has shape {tuple(now.shape)}, the model expects {shape}")
-        if name in kept and now.dtype != dtype:
-            raise CheckpointError(f"{folder}: {name} is stored as {now.dtype}, the model expects {dtype}")
+        there = reader.info(name)
+        if there.shape != tuple(wanted.shape):
+            raise CheckpointError(f"{folder}: {name} has shape {there.shape}, the model expects {tuple(wanted.shape)}")
+        if name in kept and there.dtype != wanted.dtype:
+            raise CheckpointError(f"{folder}: {name} is stored as {there.dtype}, the model expects {wanted.dtype}")
 
 
 def _placed(model: nn.Module, path: str, module: nn.Module) -> nn.Module:

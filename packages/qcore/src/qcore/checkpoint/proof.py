@@ -164,11 +164,11 @@ def _compare(mine: Sequence[Tensor], theirs: Sequence[Tensor], as_run: float, to
         batches=len(mine),
         loader=loader,
         fresh=fresh,
-        versions=_versions(),
+        versions=versions_here(),
     )
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("qcore", "torch", "transformers", "compressed-tensors", "safetensors"):
         try:

@@ -21,6 +21,10 @@ WindowOption = Annotated[
     int | None, typer.Option("--window", min=2, help="Tokens of one evaluation window [default: 256 for tiny models, else 512].", show_default=False)
 ]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The adapter to use, where several match.")]
+MaxRamOption = Annotated[
+    str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory the run may take, 3GiB or 3500MB [default: what is free].", show_default=False)
+]
+StreamOption = Annotated[bool, typer.Option("--stream", help="Hold one block in memory at a time, also where the model would fit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

@@ -86,7 +86,11 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
     bits = f", {plan.effective_bits:.2f} bits per quantized weight" if plan.effective_bits else ""
     print(f"size: {megabytes(plan.bytes_before)} → {megabytes(plan.bytes_after)}{bits}", file=out)
     computing = f"about {max(plan.seconds, 1):.0f} s of computing at 50 GFLOP/s"
-    print(f"estimate: {computing}, about {megabytes(plan.memory)} of memory beside the libraries", file=out)
+    if plan.budget is not None:
+        how = "streamed, one block in memory at a time" if plan.budget.stream else "the model in memory"
+        bound = f" of {megabytes(plan.budget.limit)}" if plan.budget.limit is not None else ""
+        computing += f", about {megabytes(plan.budget.estimate)}{bound} of memory ({how})"
+    print(f"estimate: {computing}", file=out)
     if plan.coverage:
         print(f"experts: {_expected(plan.coverage)}", file=out)
     for note in plan.notes:

@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from qcore.cli._options import AdapterOption, CalibOption, EvalOption, JsonOption, ModelArg, RecipeOption, SetOption, open_model, registry
+from qcore.cli._options import (
+    AdapterOption,
+    CalibOption,
+    EvalOption,
+    JsonOption,
+    MaxRamOption,
+    ModelArg,
+    RecipeOption,
+    SetOption,
+    StreamOption,
+    open_model,
+    registry,
+)
 
 
 def plan(
@@ -14,6 +26,8 @@ def plan(
     evaluation: EvalOption = None,
     setting: SetOption = None,
     adapter: AdapterOption = None,
+    max_ram: MaxRamOption = None,
+    stream: StreamOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per site instead of one per kind.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -23,17 +37,18 @@ def plan(
 
     Example: qcore plan zoo:tiny-llama --recipe w4a16-gptq
     """
+    from qcore.budget import parse_bytes
     from qcore.cli._show import print_json, show_plan
     from qcore.cli.quantize import has_data
     from qcore.evaluation.data import choose_text
     from qcore.plan import make_plan
     from qcore.recipe_file import load_recipe
 
-    own = registry()
+    own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
     wanted = load_recipe(recipe, own, setting or ())
     loaded, chosen = open_model(model, own, adapter)
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
-    made = make_plan(loaded, wanted, chosen, own, has_data=has_data(wanted, text))
+    made = make_plan(loaded, wanted, chosen, own, has_data=has_data(wanted, text), max_ram=limit, stream=stream)
     if as_json:
         print_json(made.to_dict())
         if made.problems:

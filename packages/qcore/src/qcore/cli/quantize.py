@@ -2,17 +2,15 @@
 
     load → plan → float reference → quantize → save → prove → evaluate what was saved → table and report.json
 
-Everything is written into a folder beside the target and renamed at the end, so the target is either whole or not there.
+Everything is written into a folder beside the target, which takes its place at the end: the target is either whole or not there.
 """
 
-import os
 import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +21,11 @@ from qcore.cli._options import (
     CalibOption,
     EvalOption,
     JsonOption,
+    MaxRamOption,
     ModelArg,
     RecipeOption,
     SetOption,
+    StreamOption,
     TokensOption,
     WindowOption,
     open_model,
@@ -34,8 +34,10 @@ from qcore.cli._options import (
 )
 
 if TYPE_CHECKING:
+    from qcore.checkpoint.journal import Journal
     from qcore.evaluation import Report, TextPair
     from qcore.model import LoadedModel, ModelAdapter
+    from qcore.plan import Plan
     from qcore.plugins import Registry
     from qcore.recipe import Recipe
 
@@ -50,6 +52,9 @@ def quantize(
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
+    max_ram: MaxRamOption = None,
+    stream: StreamOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,12 +62,18 @@ def quantize(
 
     Example: qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/
     """
+    from qcore.budget import parse_bytes
     from qcore.cli._progress import progress
-    from qcore.cli._show import print_json, show_plan, show_report
+    from qcore.cli._run_folder import check_target, run_folder
+    from qcore.cli._show import print_json, remark, show_plan, show_report
     from qcore.evaluation import MemoryMeter, choose_text
     from qcore.recipe_file import load_recipe
 
-    check_target(out, force)
+    limit = None if max_ram is None else parse_bytes(max_ram)
+    if check_target(out, force=force, resume=resume):
+        shutil.rmtree(run_folder(out), ignore_errors=True)
+        remark(f"{out}/ is finished; nothing was left to do")
+        return
     meter = MemoryMeter()
     own = registry()
     wanted = load_recipe(recipe, own, setting or ())
@@ -72,7 +83,19 @@ def quantize(
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
     with progress(meter.sample) as report_progress:
         job = Job(
-            loaded, wanted, chosen, own, text, eval_tokens=eval_tokens, window=window, overrides=tuple(setting or ()), seconds=seconds, meter=meter
+            loaded,
+            wanted,
+            chosen,
+            own,
+            text,
+            eval_tokens=eval_tokens,
+            window=window,
+            overrides=tuple(setting or ()),
+            seconds=seconds,
+            meter=meter,
+            max_ram=limit,
+            stream=stream,
+            resume=resume,
         )
         report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
     if as_json:
@@ -91,12 +114,24 @@ class Steps:
     save: Callable[..., Any]
     prove: Callable[..., Any]
     load: Callable[..., Any]
+    streamed_float: Callable[..., Any]
+    prove_structure: Callable[..., Any]
+    stream: Callable[..., Any]
 
     @classmethod
     def real(cls) -> "Steps":
         from qcore import checkpoint, pipeline
 
-        return cls(pipeline.float_forward, pipeline.quantize_model, _serve_and_save, checkpoint.prove, checkpoint.load)
+        return cls(
+            pipeline.float_forward,
+            pipeline.quantize_model,
+            _serve_and_save,
+            checkpoint.prove,
+            checkpoint.load,
+            pipeline.streamed_float,
+            checkpoint.prove_structure,
+            checkpoint.stream,
+        )
 
 
 def _serve_and_save(model: Any, folder: Path, *, dtype: Any, **options: Any) -> None:
@@ -122,6 +157,9 @@ class Job:
     overrides: Sequence[str] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     meter: Any = None
+    max_ram: int | None = None
+    stream: bool = False
+    resume: bool = False
     steps: Steps | None = None
 
     @contextmanager
@@ -139,66 +177,162 @@ def run_quantize(
     job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
 ) -> "Report":
     """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
+    from qcore.cli._run_folder import running_into
     from qcore.evaluation import LanguageModeling, evaluation_windows
-    from qcore.modules import serve_in
-    from qcore.pipeline import compute_dtype
     from qcore.plan import make_plan
 
-    steps = job.steps or Steps.real()
     loaded, tokenizer = job.loaded, job.loaded.tokenizer
-    plan = make_plan(loaded, job.recipe, job.adapter, job.registry, has_data=has_data(job.recipe, job.text))
+    plan = make_plan(
+        loaded,
+        job.recipe,
+        job.adapter,
+        job.registry,
+        has_data=has_data(job.recipe, job.text),
+        max_ram=job.max_ram,
+        stream=job.stream,
+        eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
+    )
     plan.require()
     with job.timed("data"):
-        batches = calibration_batches(job, steps, progress) if plan.needs_data else []
+        batches = calibration_batches(job, streamed=plan.budget is not None and plan.budget.stream, progress=progress) if plan.needs_data else []
         task = None
         if job.text.evaluation is not None:
             length = window_length(job.window, loaded.model)
             task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
     show(plan)
-    with target(out) as folder:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.reference-", dir=folder.parent) as kept:
-            reference = None
-            if task is not None:
-                with job.timed("reference"):
-                    forward = steps.float_forward(loaded, job.adapter)
-                    check_finite(loaded.model)
-                    reference = task.reference(forward, Path(kept), progress)
-                    del forward
-                    free(loaded.model)
-            with job.timed("quantize"):
-                result = steps.quantize_model(loaded, job.recipe, batches, registry=job.registry, adapter=job.adapter, progress=progress)
-            with job.timed("save"):
-                steps.save(
-                    result.model,
-                    folder,
-                    source=loaded.source,
-                    adapter=job.adapter.name,
-                    companions=loaded.write_companions,
-                    dtype=loaded.dtype,
-                    record=record_of(job, batches) | {"coverage": result.coverage.to_dict()},
-                    registry=job.registry,
-                )
-            rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
-            proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
-            if samples := proof_batches(task, batches, tokenizer):
-                with job.timed("prove"):
-                    proof = proved(steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
-            del result
-            with job.timed("reload"):
-                reloaded = steps.load(folder, registry=job.registry)
-            kernels = kernels_of(reloaded)
-            quality = None
-            if task is not None and reference is not None:
-                # in the dtype of the reference: what is measured is the quantization, not another rounding of sums
-                computed = compute_dtype(loaded.dtype)
-                serve_in(reloaded, computed)
-                with job.timed("evaluate"):
-                    scores = task.evaluate(lambda batch: job.adapter.outputs(reloaded, batch), reference, progress)
-                computed_in = str(computed).removeprefix("torch.")
-                quality = {"task": task.name, "computed_in": computed_in, "reference_precision": reference.precision, "scores": scores}
+    run = _Run(job, plan, batches, task, progress)
+    with running_into(out, content_of(job, batches), resume=job.resume) as (journal, folder):
+        reference = run.reference(journal.folder / "reference")
+        result, proof = run.quantized(journal, folder)
+        rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
+        del result
+        quality, kernels = run.quality(folder, reference)
         report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder, ledger)
         report.write(folder / "report.json")
     return report
+
+
+class _Run:
+    """The steps of one job, with the model in memory or streamed, as the plan says."""
+
+    def __init__(self, job: Job, plan: "Plan", batches: Sequence[Any], task: Any, progress: Callable[[str, int, int], None]) -> None:
+        self.job, self.plan, self.batches, self.task, self.progress = job, plan, batches, task, progress
+        self.steps = job.steps or Steps.real()
+        self.stream = plan.budget is not None and plan.budget.stream
+
+    def reference(self, place: Path) -> Any:
+        """What the float model puts out; that of an interrupted run is used again."""
+        from qcore.evaluation import Reference
+
+        if self.task is None:
+            return None
+        with self.job.timed("reference"):
+            if (place / "reference.json").is_file() and (kept := Reference.open(place)).data == self.task.data():
+                return kept
+            loaded = self.job.loaded
+            if self.stream:
+                forward: Any = self.steps.streamed_float(loaded, self.job.adapter)
+            else:
+                forward = self.steps.float_forward(loaded, self.job.adapter)
+                check_finite(loaded.model)
+            reference = self.task.reference(forward, place, self.progress)
+            del forward
+            free(loaded.model)
+            return reference
+
+    def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
+        """Quantize, save, and prove what was saved."""
+        job, loaded = self.job, self.job.loaded
+        with job.timed("quantize"):
+            result = self.steps.quantize_model(
+                loaded,
+                job.recipe,
+                self.batches,
+                registry=job.registry,
+                adapter=job.adapter,
+                progress=self.progress,
+                journal=journal,
+                stream=self.stream,
+                keep=self.plan.budget.keep if self.plan.budget is not None else 2 << 30,
+            )
+        with job.timed("save"):
+            self.steps.save(
+                result.model,
+                folder,
+                source=loaded.source,
+                adapter=job.adapter.name,
+                companions=loaded.write_companions,
+                dtype=loaded.dtype,
+                record=record_of(job, self.batches) | {"coverage": result.coverage.to_dict()},
+                registry=job.registry,
+                values=result.values,
+            )
+        proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
+        with job.timed("prove"):
+            if self.stream:
+                proof = asdict(self.steps.prove_structure(folder, result.values, registry=job.registry))
+            elif samples := proof_batches(self.task, self.batches, loaded.tokenizer):
+                proof = proved(self.steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
+        return result, proof
+
+    def quality(self, folder: Path, reference: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+        """How far what was saved is from the float model, and which kernels run it."""
+        from qcore.modules import serve_in
+        from qcore.pipeline import compute_dtype
+
+        job = self.job
+        # in the dtype of the reference: what is measured is the quantization, not another rounding of sums
+        computed = compute_dtype(job.loaded.dtype)
+        forward: Any
+        with job.timed("reload"):
+            if self.stream:
+                forward = self.steps.stream(folder, job.adapter, registry=job.registry)
+                model = forward.model
+            else:
+                model = self.steps.load(folder, registry=job.registry)
+                forward = partial(job.adapter.outputs, model)
+        kernels = kernels_of(model)
+        if self.task is None or reference is None:
+            return None, kernels
+        if self.stream:
+            forward.serve(computed)
+        else:
+            serve_in(model, computed)
+        with job.timed("evaluate"):
+            scores = self.task.evaluate(forward, reference, self.progress)
+        computed_in = str(computed).removeprefix("torch.")
+        return {"task": self.task.name, "computed_in": computed_in, "reference_precision": reference.precision, "scores": scores}, kernels
+
+
+def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
+    """All that decides the bytes of a run, so that a resumed one is known to be the same."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import qcore
+    from qcore.calibration.text import data_hash
+    from qcore.model.reader import weights_fingerprint
+    from qcore.recipe_file import dump
+
+    versions = {"qcore": qcore.__version__, "torch": torch.__version__}
+    for record in getattr(job.registry, "plugins", ()):
+        versions[record.distribution] = record.version
+    for name in ("transformers", "compressed-tensors", "qcore-kernels"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "model": job.loaded.name,
+        "weights": weights_fingerprint(job.loaded.reader),
+        "dtype": str(job.loaded.dtype).removeprefix("torch."),
+        "adapter": job.adapter.name,
+        "recipe": dump(job.recipe),
+        "calibration": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
+        "threads": torch.get_num_threads(),
+        "versions": dict(sorted(versions.items())),
+    }
 
 
 def has_data(recipe: "Recipe", text: "TextPair") -> bool:
@@ -207,17 +341,23 @@ def has_data(recipe: "Recipe", text: "TextPair") -> bool:
     return text.calibration is not None or (source is not None and not source.needs_text())
 
 
-def calibration_batches(job: Job, steps: Steps, progress: Callable[[str, int, int], None]) -> list[Any]:
+def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, int], None]) -> list[Any]:
     """Windows of the calibration text, or what the recipe's source makes with the float model, which is in memory only meanwhile."""
     from qcore.calibration.text import start_batches, to_batches
+    from qcore.errors import CalibrationError
 
     settings, text, model = job.recipe.calibration, job.text.calibration, job.loaded.model
     if settings.source is None:
         return list(text.batches(job.loaded.tokenizer, settings)) if text else []
     windows = settings.source.kept(model, settings)
+    if windows is None and streamed:
+        raise CalibrationError(
+            f"calibration source {settings.source.name!r} makes its data with the whole float model in memory, and this run is streamed; make the data "
+            "once where the model fits (calibration.source.path names the file that keeps it), or calibrate on text: --set calibration.source=none"
+        )
     if windows is None:
         own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
-        steps.float_forward(job.loaded, job.adapter)
+        (job.steps or Steps.real()).float_forward(job.loaded, job.adapter)
         check_finite(model)
         windows = settings.source.windows(model, settings, own, progress)
         free(model)
@@ -269,8 +409,6 @@ def proof_batches(task: Any, batches: Sequence[Any], tokenizer: Any) -> list[Any
 
 def proved(proof: Any) -> dict[str, Any]:
     """The proof as data; CheckpointError when the reopened model is another one than the one that was saved."""
-    from dataclasses import asdict
-
     from qcore.errors import CheckpointError
 
     if proof.level == "different":
@@ -369,6 +507,13 @@ def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str], source:
     }
 
 
+def leaf_of(site: str) -> str:
+    """The path of the module that runs a site's weight: "layers.0.experts:up_proj[3]" runs as "layers.0.experts.up_proj.3"."""
+    module, _, own = site.partition(":")
+    name, bracket, part = own.partition("[")
+    return f"{module}.{name}.{part.removesuffix(']')}" if bracket and ":" not in part else module
+
+
 def kernels_of(model: Any) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]:
     """Path of each module that runs from packed parts → its kernel, and why each better-ranked one was refused."""
     found = {}
@@ -378,74 +523,3 @@ def kernels_of(model: Any) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]
             choice = explain()
             found[path] = (choice.kernel.name, tuple(choice.refused))
     return found
-
-
-def leaf_of(site: str) -> str:
-    """The path of the module that runs a site's weight: "layers.0.experts:up_proj[3]" runs as "layers.0.experts.up_proj.3"."""
-    module, _, own = site.partition(":")
-    name, bracket, part = own.partition("[")
-    return f"{module}.{name}.{part.removesuffix(']')}" if bracket and ":" not in part else module
-
-
-# the target folder ----------------------------------------------------------------------------------------------------------------------
-
-
-def check_target(out: Path, force: bool) -> None:
-    """SpecError when `out` cannot be written without harm."""
-    from qcore.errors import SpecError
-
-    if out.is_file():
-        raise SpecError(f"-o {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise SpecError(f"-o {out} is not empty; name another folder, or pass --force to replace it")
-
-
-@contextmanager
-def target(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and is deleted when it does not."""
-    from qcore.cli import Interrupted
-
-    out = Path(os.path.abspath(out))
-    created = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        with _terminable():
-            yield folder
-            _swap(folder, out)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; nothing was written in {out}/") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not out.exists():
-            for parent in created:
-                parent.rmdir()
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Put `folder` where `out` is; what was there is deleted last."""
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """A polite kill (SIGTERM) cleans up as Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

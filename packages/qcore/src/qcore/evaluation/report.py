@@ -98,7 +98,10 @@ class Report:
             anonymous = self.memory.get("anonymous_bytes")
             lines.append(("peak memory", "", megabytes(peak) + (f" ({megabytes(anonymous)} anonymous)" if anonymous else "")))
         words = {"identical": "identical to", "close": "within rounding of"}
-        if "loader" in self.proof:
+        if self.proof.get("level") == "structural":
+            said = f"{self.proof['tensors']} tensors read back, {self.proof['decoded']} weights decoded alike"
+            lines.append(("proof", "", f"{self.proof['loader']}: {said}"))
+        elif "loader" in self.proof:
             lines.append(("proof", "", f"{self.proof['loader']}: outputs {words[self.proof['level']]} the saved model's"))
         if self.kernels:
             lines.append(("kernels", "", ", ".join(f"{name} ×{n}" for name, n in self.kernels.items())))

@@ -87,8 +87,8 @@ class LanguageModeling:
     @torch.no_grad()
     def _outputs(self, forward: Forward) -> Iterable[Tensor]:
         """Logits of each window's counted positions.  [T - 1, V]"""
-        for ids in self.windows.split(self.batch):
-            yield from forward({"input_ids": ids})[:, :-1]
+        for logits in run_each(forward, ({"input_ids": ids} for ids in self.windows.split(self.batch))):
+            yield from logits[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,14 @@ class Agreement:
 
     @torch.no_grad()
     def _outputs(self, forward: Forward) -> Iterable[Tensor]:
-        for batch in self.batches:
-            logits = forward(batch)
+        for logits in run_each(forward, self.batches):
             yield logits.reshape(-1, logits.shape[-1])
+
+
+def run_each(forward: Forward, batches: Iterable[Batch]) -> Iterable[Tensor]:
+    """The outputs of every batch; a forward that takes all batches through one block after the other (`StreamedModel`) is asked for that."""
+    each = getattr(forward, "each", None)
+    return each(batches) if callable(each) else map(forward, batches)
 
 
 def _each(outputs: Iterable[Tensor], phase: str, total: int, progress: Progress | None) -> Iterable[Tensor]:

@@ -1,5 +1,6 @@
 """Where tensors come from: one at a time, so that a model never has to be in memory whole."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -42,8 +43,9 @@ class DictReader:
 class SafetensorsReader:
     """A reader over one safetensors file, or the shards of a folder.  Every read is a copy of its own: no page of a file is ever mapped."""
 
-    def __init__(self, path: Path) -> None:
-        self._where = {name: file for file in map(SafetensorsFile, shard_files(path)) for name in file.names()}
+    def __init__(self, path: Path, files: Iterable[Path] | None = None) -> None:
+        self._files = tuple(map(SafetensorsFile, shard_files(path) if files is None else files))
+        self._where = {name: file for file in self._files for name in file.names()}
         self._path = path
 
     def names(self) -> Iterable[str]:
@@ -64,6 +66,10 @@ class SafetensorsReader:
             raise NotFound(f"{self._path} has no tensor named {name!r}")
         return self._where[name]
 
+    def fingerprint(self) -> str:
+        """Changes when the weights do, as far as samples of the files tell."""
+        return hashlib.sha256("".join(file_fingerprint(f.path) for f in self._files).encode()).hexdigest()[:16]
+
     def dtype(self) -> torch.dtype:
         """The dtype of most float values; float32 where nothing is float."""
         counts: dict[torch.dtype, int] = {}
@@ -72,6 +78,30 @@ class SafetensorsReader:
             if own.dtype.is_floating_point:
                 counts[own.dtype] = counts.get(own.dtype, 0) + prod(own.shape)
         return max(counts, key=lambda d: counts[d]) if counts else torch.float32
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file's size, its ends, and 256 pieces of 64 KiB between; all of a file up to 16 MiB."""
+    size, piece = path.stat().st_size, 1 << 16
+    h = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for at in range(0, size, piece) if size <= 256 * piece else [*(i * (size - piece) // 255 for i in range(256))]:
+            file.seek(at)
+            h.update(file.read(piece))
+    return h.hexdigest()[:16]
+
+
+def weights_fingerprint(reader: TensorReader) -> str:
+    """What tells these weights from others: the reader's own `fingerprint()`, else a hash of every tensor."""
+    if callable(own := getattr(reader, "fingerprint", None)):
+        return str(own())
+    h = hashlib.sha256()
+    for name in sorted(reader.names()):
+        t = reader[name].detach().contiguous()
+        h.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
+        if t.numel():
+            h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()[:16]
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -130,6 +160,28 @@ def materialize(module: nn.Module, prefix: str, reader: TensorReader, dtype: tor
 def release(module: nn.Module) -> None:
     """Put every parameter below `module` on meta, in place: its memory is free again."""
     for m in module.modules():
+        for own, p in m._parameters.items():
+            if p is not None and not p.is_meta:
+                m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def _outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules that lie in no block, with their paths."""
+    inside = {id(m) for block in blocks for m in block.modules()}
+    return [(path, m) for path, m in model.named_modules() if id(m) not in inside]
+
+
+def materialize_outside(model: nn.Module, blocks: Iterable[nn.Module], reader: TensorReader, dtype: torch.dtype | None = None) -> None:
+    """`materialize` for all that lies in no block."""
+    for path, m in _outside(model, blocks):
+        if any(t is not None for t in (*m._parameters.values(), *m._buffers.values())):
+            materialize(m, path, reader, dtype, recurse=False)
+
+
+@torch.no_grad()
+def release_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """`release` for all that lies in no block.  What was tied is so no more: `retie`."""
+    for _, m in _outside(model, blocks):
         for own, p in m._parameters.items():
             if p is not None and not p.is_meta:
                 m._parameters[own] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
