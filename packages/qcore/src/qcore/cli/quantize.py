@@ -352,8 +352,8 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     windows = settings.source.kept(model, settings)
     if windows is None and streamed:
         raise CalibrationError(
-            f"calibration source {settings.source.name!r} makes its data with the whole float model in memory, and this run is streamed; make the data "
-            "once where the model fits (calibration.source.path names the file that keeps it), or calibrate on text: --set calibration.source=none"
+            f"calibration source {settings.source.name!r} makes its data with the whole float model in memory, and this run is streamed; "
+            "make it once where the model fits (calibration.source.path names the file that keeps it), or use text: --set calibration.source=none"
         )
     if windows is None:
         own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
