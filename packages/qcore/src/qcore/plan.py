@@ -237,6 +237,12 @@ class _Planner:
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
         budget = self._budget(decisions, needs_data, after)
+        source = self.recipe.calibration.source
+        if needs_data and budget.stream and source is not None and source.kept(self.model, self.recipe.calibration) is None:
+            self.problems.append(
+                f"calibration source {source.name!r} makes its data with the whole float model in memory, and this run is streamed; "
+                "make it once where the model fits (calibration.source.path names the file that keeps it), or use text: --set calibration.source=none"
+            )
         return Plan(
             model=self.loaded.name,
             recipe=self.recipe.name,
