@@ -215,3 +215,12 @@ def test_stack_and_router_are_known_by_structure():
     model = model_of("Phimoe")
     assert is_router(model.model.layers[0].mlp.router) and not is_router(model.lm_head)
     assert is_stack(model.model.layers[0].mlp.experts) and not is_stack(model.model.layers[0].mlp)
+
+
+def test_a_block_that_nobody_saw_run_still_has_all_its_sites():
+    """The second layer is built like none of the twin: its sites come from its modules alone, the router before what it routes to."""
+    model = copy.deepcopy(model_of("DeepseekV2"))
+    model.model.layers[1].mlp.extra = nn.Linear(4, 4)
+    sites = [str(s).removeprefix("model.layers.1.") for s in DecoderLM().topology(model).blocks[1].sites]
+    assert sites.index("mlp.gate:router") < sites.index("mlp.experts:gate_up_proj[0]") < sites.index("mlp.experts:down_proj[5]")
+    assert len(sites) == len(set(sites)) and "self_attn.o_proj:weight" in sites

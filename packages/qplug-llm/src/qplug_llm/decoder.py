@@ -292,19 +292,14 @@ class _Assembly:
 
 
 def _matrices(block: nn.Module) -> list[str]:
-    """Paths of all that has sites; routers before the rest of their parent."""
+    """Paths of all that has sites, in the order of registration; stacks of experts last, behind their router."""
     found: list[str] = []
     for path, module in block.named_modules():
         if is_stack(module):
             found += [f"{path}.{up_name(module)}", f"{path}.{DOWN}"]
         elif is_linear(module) or is_router(module):
             found.append(path)
-    return sorted(found, key=lambda p: p.startswith(tuple(f.rsplit(".", 2)[0] for f in found if f.endswith(f".{DOWN}"))) and not routes_at(block, p))
-
-
-def routes_at(block: nn.Module, path: str) -> bool:
-    owner, param, _ = resolve(block, path)
-    return param == "weight" and routes(block.get_submodule(owner))
+    return sorted(found, key=lambda path: resolve(block, path)[1] != "weight")
 
 
 def _rest(size: int, slices: list[tuple[range, ...]]) -> tuple[range, ...]:
