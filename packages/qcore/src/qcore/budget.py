@@ -4,8 +4,10 @@ The terms are counted from shapes; the factors of the solvers were measured (pea
 search 3.7 N·K, GPTQ 2.9 N·K + 4.1 K²) and are rounded up.  `tools/bench/memory.py` compares the estimate with what runs took.
 """
 
+import ctypes
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +21,7 @@ from qcore.numbers.granularity import Shape
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LATER = 250 << 20  # what is imported after the plan, and what the allocator does not give back
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _KEEP = 2 << 30  # outputs inside a block that are worth keeping
 _SOLVE_WEIGHT, _SOLVE_GRAM = 4.5, 4.5  # float32 values for each of N·K and of K²
 
@@ -47,6 +50,19 @@ def resident_memory() -> int:
     except OSError:
         found = None
     return int(found[1]) * 1024 if found else 400 << 20
+
+
+def return_freed_memory(always: bool = False) -> None:
+    """Let the C library give freed memory back to the system; where it is not glibc, nothing happens.
+
+    always: also from now on: what takes 1 MiB or more is mapped apart, and unmapped when it is freed.  Else the library keeps freed blocks of up to
+            32 MiB for later, and a run's peak is the sum of what was freed, not what was ever needed at once
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        if always:
+            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 @dataclass(frozen=True)

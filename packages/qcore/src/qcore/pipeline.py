@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcore.budget import return_freed_memory
 from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.ranges import range_observer, range_parts
@@ -301,6 +302,7 @@ class _Run:
             self._journal_block(block, index, [record for _, record in solved.values()])
         if self.stream:
             evaporate(self.model.get_submodule(block.module))
+            return_freed_memory()
 
     def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
         """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""

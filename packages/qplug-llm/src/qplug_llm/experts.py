@@ -206,12 +206,15 @@ class ExpertStack(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        e, a, b = config["shape"]
-        if not all(isinstance(n, int) and 0 < n < 1 << 24 for n in (e, a, b)) or not all(0 <= i < e for i in config["float"]):
-            raise SpecError(f"a stack of experts has shape {config['shape']!r} and float experts {config['float']!r}")
+        shape, plain = config["shape"], config["float"]
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n < 1 << 24 for n in shape):
+            raise SpecError(f"a stack of experts has shape {shape!r}")
+        e, a, b = shape
+        if not isinstance(plain, list) or not all(type(i) is int and 0 <= i < e for i in plain):
+            raise SpecError(f"a stack of {e} experts has float experts {plain!r}")
         transposed = bool(config["transposed"])
         with torch.device("meta"):
-            leaves = {i: nn.Linear(*((a, b) if transposed else (b, a)), bias=False) for i in config["float"]}
+            leaves = {i: nn.Linear(*((a, b) if transposed else (b, a)), bias=False) for i in plain}
         return cls((e, a, b), transposed, leaves)
 
     def extra_repr(self) -> str:

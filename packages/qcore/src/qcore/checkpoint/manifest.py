@@ -113,7 +113,7 @@ class Manifest:
         files = _typed(table.get("files", {}), dict, where, "files")
         for name, size in files.items():
             _typed(size, int, where, f"files[{name!r}]")
-            if Path(name).name != name or name in ("", ".", ".."):
+            if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
                 raise CheckpointError(f"{where} names a file outside its folder: {name!r}; refused")
         return cls(
             layout=layout,

@@ -164,10 +164,13 @@ class Job:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        from qcore.budget import return_freed_memory
+
         started = time.perf_counter()
         if self.meter is not None:
             self.meter.phase = phase
         yield
+        return_freed_memory()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
         if self.meter is not None:
             self.meter.sample()
@@ -219,6 +222,10 @@ class _Run:
         self.job, self.plan, self.batches, self.task, self.progress = job, plan, batches, task, progress
         self.steps = job.steps or Steps.real()
         self.stream = plan.budget is not None and plan.budget.stream
+        if self.stream:
+            from qcore.budget import return_freed_memory
+
+            return_freed_memory(always=True)
 
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""

@@ -112,7 +112,7 @@ def shard_files(path: Path) -> list[Path]:
         index = path / "model.safetensors.index.json"
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            outside = sorted(n for n in names if Path(n).name != n or n in ("", ".", ".."))
+            outside = sorted(n for n in names if Path(n).name != n or n in ("", ".", "..") or "\0" in n)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as e:
             raise CheckpointError(f"{index} is not a safetensors index ({e}); fetch it again") from e
         if outside:

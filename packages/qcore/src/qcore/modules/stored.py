@@ -33,7 +33,7 @@ def from_table(table: PartTable) -> dict[str, Tensor]:
     for name, (dtype, shape) in table.items():
         if dtype not in DTYPES:
             raise SpecError(f"part {name!r} has dtype {dtype!r}, which no packing stores; have: {', '.join(DTYPES)}")
-        if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n <= LARGEST for n in shape):
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST for n in shape):
             raise SpecError(f"part {name!r} has shape {shape!r}")
         found[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
     return found
@@ -96,7 +96,7 @@ class StoredWeight(nn.Module):
     def stored_arguments(config: Mapping[str, Any], registry: Any) -> dict[str, Any]:
         """Constructor arguments out of `stored_config`, with the weight's parts on meta; those of static inputs are left in `config`."""
         shape = config["shape"]
-        if not isinstance(shape, list) or not shape or not all(isinstance(n, int) and 0 < n <= LARGEST for n in shape):
+        if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n <= LARGEST for n in shape):
             raise SpecError(f"a weight has shape {shape!r}")
         spec = spec_from_dict(config["spec"], registry.formats)
         packing: Packing = registry.packings[config["packing"]]()
@@ -104,9 +104,11 @@ class StoredWeight(nn.Module):
             raise SpecError(f"packing {packing.name!r} {reason}")
         parts = {k: t for k, t in from_table(config["parts"]).items() if not k.startswith("input.")}
         try:
-            packing.unpack(parts, spec, tuple(shape))
+            q = packing.unpack(parts, spec, tuple(shape))
         except KeyError as e:
             raise SpecError(f"packing {packing.name!r} needs the part {e}, which is not there") from e
+        if (wrong := q.misfit()) is not None:
+            raise SpecError(wrong)
         return {
             "parts": parts,
             "spec": spec,

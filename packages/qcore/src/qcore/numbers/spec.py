@@ -1,5 +1,6 @@
 """`QuantSpec`: what is stored for one tensor, and nothing about how it was found."""
 
+from collections.abc import Hashable
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from math import prod
@@ -46,7 +47,7 @@ class QuantSpec:
             raise SpecError(f"an integer zero point (offset 'code') needs integers of 2 bits or more, got {self.format}; use offset 'value'")
         if self.offset is not Offset.NONE and not scaled:
             raise SpecError(f"granularity 'unscaled' has no offset, got offset {self.offset.value!r}")
-        if isinstance(self.scale, str) and self.scale not in SCALE_DTYPES:
+        if not isinstance(self.scale, QuantSpec) and (not isinstance(self.scale, str) or self.scale not in SCALE_DTYPES):
             raise SpecError(f"unknown scale dtype {self.scale!r}; have: {', '.join(SCALE_DTYPES)}, or a spec of its own")
         if isinstance(self.scale, QuantSpec) and self.scale.offset is not Offset.NONE:
             raise SpecError("a scale's own spec cannot have an offset")
@@ -169,7 +170,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _build(classes: Any, d: dict[str, Any], what: str) -> Any:
-    kwargs = {k: v for k, v in d.items() if k != "name"}
+    # JSON has no tuples, and no field of a format is a list
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "name"}
     if "name" not in d:
         raise SpecError(f"a {what} has no 'name', got {d}")
     try:
@@ -182,4 +184,11 @@ def _build(classes: Any, d: dict[str, Any], what: str) -> Any:
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING and name not in kwargs]
     if needed:
         raise SpecError(f"{what} {d['name']!r} needs the field {needed[0]!r}, got {', '.join(sorted(kwargs)) or 'none'}")
+    for key, value in kwargs.items():
+        wanted = _PLAIN.get(getattr(known[key].type, "__name__", str(known[key].type)), ())
+        if (wanted and type(value) not in wanted) or not isinstance(value, Hashable):
+            raise SpecError(f"{what} {d['name']!r}: {key} cannot be {value!r} ({type(value).__name__})")
     return cls(**kwargs)
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}

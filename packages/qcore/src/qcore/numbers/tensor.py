@@ -66,6 +66,21 @@ class QTensor:
             values = values + spread(self.parts["offset"].float(), block, self.shape)
         return values
 
+    def misfit(self) -> str | None:
+        """What is wrong with the shapes of the parts, or None; works on meta.  Codebooks are their formats' own affair."""
+        blocks = grid(self.shape, self.block)
+        wanted = {"codes": (*self.shape[:-1], self.shape[-1] // self.spec.format.dim)}
+        if self.spec.scaled and not isinstance(self.spec.scale, QuantSpec):
+            wanted["scale"] = blocks
+        if self.spec.scaled and self.spec.offset is not Offset.NONE:
+            wanted["offset"] = blocks
+        for name, shape in wanted.items():
+            if tuple(self.parts[name].shape) != shape:
+                return f"{name} has shape {tuple(self.parts[name].shape)}, {self.spec} of shape {self.shape} has {shape}"
+        if self.spec.scaled and isinstance(self.spec.scale, QuantSpec) and (inner := self._scale_tensor().misfit()) is not None:
+            return f"the scale's {inner}"
+        return None
+
     def nbytes(self) -> int:
         """Bytes of the parts as they are held here, codes unpacked."""
         return sum(t.numel() * t.element_size() for t in self.parts.values())

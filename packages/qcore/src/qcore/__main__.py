@@ -1,0 +1,7 @@
+"""`python -m qcore`, for launchers such as torchrun."""
+
+import sys
+
+from qcore.cli import main
+
+sys.exit(main())
