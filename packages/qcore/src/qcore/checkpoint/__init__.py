@@ -5,7 +5,6 @@ from qcore.checkpoint.load import load
 from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry
 from qcore.checkpoint.proof import Proof, prove
 from qcore.checkpoint.save import save
-from qcore.checkpoint.stream import stream
 from qcore.checkpoint.structure import prove_structure
 
-__all__ = ["MANIFEST", "Layout", "Manifest", "ModuleEntry", "Proof", "layout_for", "load", "prove", "prove_structure", "save", "stream"]
+__all__ = ["MANIFEST", "Layout", "Manifest", "ModuleEntry", "Proof", "layout_for", "load", "prove", "prove_structure", "save"]

@@ -121,6 +121,7 @@ class Steps:
     @classmethod
     def real(cls) -> "Steps":
         from qcore import checkpoint, pipeline
+        from qcore.checkpoint.stream import stream
 
         return cls(
             pipeline.float_forward,
@@ -130,7 +131,7 @@ class Steps:
             checkpoint.load,
             pipeline.streamed_float,
             checkpoint.prove_structure,
-            checkpoint.stream,
+            stream,
         )
 
 
