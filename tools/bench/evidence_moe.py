@@ -159,7 +159,8 @@ def page(cells: Sequence[Cell]) -> str:
         "`python tools/bench/evidence_moe.py` made this page; one JSON file a cell lies in `cells/tiny-moe/`.",
         "Model: `zoo:tiny-moe`, a trained Mixtral of 4 layers, 8 experts, top 2.",
         "Calibration: 64 windows of 256 tokens, of one domain (the King James Bible) unless a row says otherwise.",
-        "Evaluation: 64 windows of 256 tokens of text of all five domains.  Figures are means over the seeds that were run, ± their standard deviation.",
+        "Evaluation: 64 windows of 256 tokens of text of all five domains.",
+        "Figures are means over the seeds that were run, ± their standard deviation.",
         "Groups of 64; routers 8 bits, but float where no data is needed.  Expert rows: the fewest and the most that one expert saw.",
         "",
     ]
@@ -175,9 +176,8 @@ def page(cells: Sequence[Cell]) -> str:
             if own:
                 fewest, most = min(o["fewest_rows"] or 0 for o in own), max(o["most_rows"] or 0 for o in own)
                 rows = f"{fewest} to {most}" if most else "–"
-                lines.append(
-                    f"| `{label}` | {words} | {len(own)} | {_spread(own, 'kl', 4)} | {_spread(own, 'perplexity', 3)} | {_spread(own, 'top1', 2, 100)} % | {rows} |"
-                )
+                scores = (_spread(own, "kl", 4), _spread(own, "perplexity", 3), f"{_spread(own, 'top1', 2, 100)} %")
+                lines.append(f"| {' | '.join((f'`{label}`', words, str(len(own)), *scores, rows))} |")
         first = next((c for c in cells if c.file.exists()), None)
         if first is not None:
             lines += ["", f"Float perplexity: {json.loads(first.file.read_text())['scores']['perplexity_reference']:.3f}.", ""]
