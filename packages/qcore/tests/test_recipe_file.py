@@ -38,6 +38,7 @@ class Nearest:
     name: ClassVar[str] = "rtn"
     clip: Literal["none", "mse"] = "none"
     grid: int | None = 100
+    weighted: bool = False
     observes: ClassVar[tuple[()]] = ()
 
 

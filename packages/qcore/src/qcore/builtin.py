@@ -10,9 +10,9 @@ from qcore.plugins import hookimpl
 
 @hookimpl
 def qcore_formats():
-    from qcore.numbers import Codebook, Float, Int, PowerOfTwo
+    from qcore.numbers import Codebook, Float, Int, LowRankCodebook, PowerOfTwo
 
-    return [Int, Float, PowerOfTwo, Codebook]
+    return [Int, Float, PowerOfTwo, Codebook, LowRankCodebook]
 
 
 @hookimpl
@@ -31,9 +31,9 @@ def qcore_transforms():
 
 @hookimpl
 def qcore_solvers():
-    from qcore.solvers import GPTQ, RTN
+    from qcore.solvers import GPTQ, GPTVQ, RTN
 
-    return [RTN, GPTQ]
+    return [RTN, GPTQ, GPTVQ]
 
 
 @hookimpl

@@ -1,15 +1,16 @@
 """`quantize_model`: the data path, top to bottom.
 
-    place → wish → transform → for every block: observe, solve, pack, replace → bind
+    place → wish → transform → allocate → for every block: observe, solve, pack, replace → bind
 
 One page for all runs: a model in memory is a reader over a dict, a resumed run is a journal with finished blocks.  No session, no events, no state on
 modules, no patched forward.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor, QuantSpec
 from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, split_rows
 from qcore.packing import first_that_accepts
-from qcore.recipe import Recipe
+from qcore.recipe import Recipe, Rule
 from qcore.solvers.base import WeightSolver
 from qcore.solvers.rtn import nearest_like
 from qcore.transforms.apply import build_insert
-from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader, rewritten_topology
+from qcore.transforms.channels import site_matrix
+from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader, owner_of, rewritten_topology
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class SiteRecord:
 
 @dataclass
 class Quantized:
-    """A quantized model that runs, and the record of how it came about."""
+    """A quantized model that runs, and the record of how it came about.
+
+    choices: site → why an allocator chose what it did; {} without one
+    """
 
     model: nn.Module
     topology: Topology
@@ -79,6 +84,7 @@ class Quantized:
     seconds: dict[str, float] = field(default_factory=dict)
     coverage: Ledger = field(default_factory=Ledger)
     values: TensorReader | None = None  # of a streamed run: the tensors that the model has on meta
+    choices: dict[str, str] = field(default_factory=dict)
 
 
 def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
@@ -152,6 +158,8 @@ def quantize_model(
         run.check_coverage()
     with run.timed("transform"):
         run.fit_model_transforms()
+    with run.timed("allocate"):
+        run.allocate()
     with run.timed("blocks"):
         run.solve_blocks()
     with run.timed("bind"):
@@ -226,6 +234,21 @@ class _Run:
             self.result.rewrite = self.result.rewrite.then(found)
         if self.journal:
             self.journal.keep_step("rewrite", *self.result.rewrite.state())
+
+    def allocate(self) -> None:
+        """Let the recipe's allocator choose spec and solver of the weights that are to be quantized; each choice is a rule after all others."""
+        allocator = self.recipe.allocator
+        if allocator is None:
+            return
+        sites = [s for s in self.topology.sites if s in self.result.specs and s.param not in self.result.rewrite.dropped]
+        reader = self.reader
+        choices = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self._owners, s.param)))
+        chosen = tuple(Rule(str(site).replace("[", "[[]"), c.spec, c.solver) for site, c in choices.items())
+        self.recipe = replace(self.recipe, rules=(*self.recipe.rules, *chosen))
+        self.result.specs |= self.recipe.specs_for(choices, self.dtype_name)
+        self.result.choices = {str(site): c.why for site, c in choices.items()}
+        kinds = Counter(f"{c.spec} by {c.solver.name}" for c in choices.values())
+        self.result.notes.append(f"allocator {allocator.name}: " + ", ".join(f"{n} × {kind}" for kind, n in kinds.most_common()))
 
     def solve_blocks(self) -> None:
         """Every block in its turn, on the outputs of the quantized blocks before it."""

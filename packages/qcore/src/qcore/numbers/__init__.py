@@ -9,10 +9,11 @@ from qcore.numbers.formats import (
     Codebook,
     Float,
     Int,
+    LowRankCodebook,
     NumberFormat,
     PowerOfTwo,
 )
-from qcore.numbers.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken, Tile, Unscaled
+from qcore.numbers.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken, Tile, Unscaled, UnscaledTile
 from qcore.numbers.spec import (
     Offset,
     QuantSpec,
@@ -37,6 +38,7 @@ __all__ = [
     "Float",
     "Granularity",
     "Int",
+    "LowRankCodebook",
     "NumberFormat",
     "Offset",
     "PerChannel",
@@ -48,6 +50,7 @@ __all__ = [
     "QuantSpec",
     "Tile",
     "Unscaled",
+    "UnscaledTile",
     "fake_quantize",
     "fp8_activation",
     "fp8_weight",

@@ -10,6 +10,7 @@ data (a codebook, a base, a threshold) is not a field but a fitted *part*: `fit`
 | Float(e, m) | a minifloat with e exponent and m mantissa bits, subnormals included | uint8, the bit pattern |
 | PowerOfTwo() | 2^-127 … 2^127 (OCP E8M0): the scale format of MX | uint8, the exponent + 127 |
 | Codebook(b, dim) | 2^b fitted numbers, or vectors of `dim` numbers | uint8 or int16, the index |
+| LowRankCodebook(b, rank) | 2^b fitted numbers for each block, in 8 bits over a shared basis | uint8, the index |
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ class NumberFormat(Protocol):
     dim:   values that one code stands for: 1, or d for a vector codebook
     parts: names of the fitted parameters that are stored beside the codes
     per_block: whether each block of the granularity has fitted parameters of its own, or the tensor one set
+    shared: of the parts of a format with `per_block`, those that the tensor has once all the same
 
     A format with `hi == -lo` and a float grid needs nothing more; a *scale* format may also define `choose_scale` (see `PowerOfTwo`).
     """
@@ -48,13 +50,14 @@ class NumberFormat(Protocol):
     dim: int = 1
     parts: tuple[str, ...] = ()
     per_block: bool = False
+    shared: tuple[str, ...] = ()
 
     def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The data-dependent parts, for already scaled values; {} for a fixed grid.
 
         x:      [B, n] values, or [B, n, dim] for vectors; B = 1 unless `per_block`
         weight: importance of each value, of x's shape; None counts all alike
-        return: each part with B as its first dimension
+        return: each part with B as its first dimension, but for `shared` ones
         """
         return {}
 
@@ -284,6 +287,75 @@ class Codebook(NumberFormat):
         if "codebook" not in params:
             raise SpecError(f"{self} needs its fitted part 'codebook'; call `fit`, or `quantize`, which does")
         return params["codebook"].float()
+
+
+@dataclass(frozen=True)
+class LowRankCodebook(NumberFormat):
+    """A codebook of 2**bits numbers for each block, stored in 8 bits: the books of all blocks are rows of one matrix with few components.
+
+    Books are sorted, stacked [blocks, k] and written as U·V: V [rank, k] is shared, U [blocks, rank] is held in int8, one scale a component.
+    rank = 0 leaves the basis out: the books themselves are int8.  A book costs 8 bits times rank (or k).
+    Source: GPTVQ, section 3.4 (codebook quantization and SVD), https://arxiv.org/abs/2402.15319
+    """
+
+    name: ClassVar[str] = "codebook-lowrank"
+    bits: int
+    rank: int = 0
+    iterations: int = 100
+
+    dim = 1
+    per_block = True
+    lo = -1.0
+    hi = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8 or not 0 <= self.rank <= 1 << self.bits:
+            raise SpecError(f"a low-rank codebook has 1 to 8 bits a code and a rank of 0 to 2^bits, got bits={self.bits}, rank={self.rank}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("book", "book_scale", "basis") if self.rank else ("book", "book_scale")
+
+    @property
+    def shared(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.parts[1:]
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        points, weights = x.float().unsqueeze(-1), None if weight is None else weight.float().unsqueeze(-1)
+        return self.compress(kmeans(points, 1 << self.bits, weights, self.iterations).squeeze(-1))
+
+    def compress(self, books: Tensor) -> dict[str, Tensor]:
+        """The stored parts of books [..., k]; the order of a book's numbers is lost, so codes are chosen anew."""
+        rows = books.sort(-1).values.flatten(0, -2).double()
+        parts = {}
+        if self.rank:
+            # the components of the k × k second moment are those of the stack, however tall it is
+            _, vectors = torch.linalg.eigh(rows.T @ rows)
+            basis = vectors.flip(1)[:, : self.rank].T
+            rows = rows @ basis.T
+            parts["basis"] = basis.float()
+        scale = (rows.abs().amax(0) if self.rank else rows.abs().amax().reshape(1)) / 127
+        scale = torch.where(scale > 0, scale, 1.0).float()
+        book = (rows / scale).round().clamp(-127, 127).to(torch.int8)
+        return {"book": book.unflatten(0, books.shape[:-1]), "book_scale": scale, **parts}
+
+    def books(self, params: Params) -> Tensor:
+        """The numbers of each book.  → [..., k] float32"""
+        if "book" not in params:
+            raise SpecError(f"{self} needs its fitted parts {', '.join(self.parts)}; call `fit`, or `quantize`, which does")
+        rows = params["book"].float() * params["book_scale"].float()
+        return rows @ params["basis"].float() if self.rank else rows
+
+    def encode(self, x: Tensor, params: Params = NO_PARAMS) -> Tensor:
+        return (x.float().unsqueeze(-1) - self.books(params)).abs().argmin(-1).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params = NO_PARAMS) -> Tensor:
+        books = self.books(params)
+        return books.expand(*codes.shape, books.shape[-1]).gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
 
 
 FP8_E4M3 = Float(4, 3, "nan")

@@ -108,7 +108,22 @@ class Tile:
         return (1,) * (len(shape) - 2) + (min(self.rows, shape[-2]), min(self.cols, shape[-1]))
 
 
-GRANULARITIES: dict[str, type] = {c.name: c for c in (Unscaled, PerTensor, PerChannel, PerToken, PerGroup, Tile)}
+@dataclass(frozen=True)
+class UnscaledTile(Unscaled):
+    """No scale, but `rows` × `cols` of the last two axes share the format's own fitted numbers: a codebook for each tile."""
+
+    name: ClassVar[str] = "unscaled-tile"
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        Tile(self.rows, self.cols)
+
+    def block(self, shape: Shape) -> Shape:
+        return Tile(self.rows, self.cols).block(shape)
+
+
+GRANULARITIES: dict[str, type] = {c.name: c for c in (Unscaled, PerTensor, PerChannel, PerToken, PerGroup, Tile, UnscaledTile)}
 
 
 def grid(shape: Shape, block: Shape) -> Shape:

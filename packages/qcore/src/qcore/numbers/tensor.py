@@ -93,7 +93,7 @@ def per_value_params(spec: QuantSpec, params: Mapping[str, Tensor], shape: Shape
     d = spec.format.dim
     block = spec.granularity.block(shape)
     codes_block, codes_shape = (*block[:-1], block[-1] // d), (*shape[:-1], shape[-1] // d)
-    return {name: repeat_blocks(p, codes_block, codes_shape) for name, p in params.items()}
+    return {name: p if name in spec.format.shared else repeat_blocks(p, codes_block, codes_shape) for name, p in params.items()}
 
 
 def require_finite(x: Tensor) -> None:
@@ -249,7 +249,7 @@ def fit_parts(z: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> dict[
     fitted = fmt.fit(lay(z), None if weight is None else lay(weight.expand(shape)))
     if not fmt.per_block:
         return {name: p[0] for name, p in fitted.items()}
-    return {name: p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
+    return {name: p if name in fmt.shared else p.unflatten(0, grid(shape, block)) for name, p in fitted.items()}
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, parts: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -264,7 +264,7 @@ def rows_are_apart(spec: QuantSpec) -> bool:
     g = spec.granularity
     alone = isinstance(g, PerGroup | PerToken) or (isinstance(g, PerChannel) and g.axis in (0, -2)) or (isinstance(g, Tile) and g.rows == 1)
     nested = isinstance(spec.scale, QuantSpec) and (spec.scale.scaled or bool(spec.scale.format.parts))
-    return alone and not nested and (not spec.format.parts or spec.format.per_block)
+    return alone and not nested and (not spec.format.parts or (spec.format.per_block and not spec.format.shared))
 
 
 def split_rows(q: QTensor, sizes: Sequence[int]) -> list[QTensor]:
@@ -285,7 +285,7 @@ def concat_rows(pieces: Sequence[QTensor]) -> QTensor:
     spec = first.spec
     if any(q.spec != spec for q in pieces):
         raise SpecError(f"pieces of one weight have different specs: {', '.join(sorted({str(q.spec) for q in pieces}))}; give them one rule")
-    shared_parts = bool(spec.format.parts) and not spec.format.per_block
+    shared_parts = bool(spec.format.parts) and (not spec.format.per_block or bool(spec.format.shared))
     nested = isinstance(spec.scale, QuantSpec) and spec.scale.scaled
     if (
         shared_parts

@@ -128,5 +128,5 @@ class Bits(Packing):
             found["scale"] = parts["scale"][index] if by_row else parts["scale"]
         if spec.offset is not Offset.NONE:
             found["offset"] = parts["offset"][index] if by_row else parts["offset"]
-        fitted_by_row = spec.format.per_block and by_row
-        return found | {name: parts[name][index] if fitted_by_row else parts[name] for name in spec.format.parts}
+        by_row = by_row and spec.format.per_block
+        return found | {n: parts[n][index] if by_row and n not in spec.format.shared else parts[n] for n in spec.format.parts}

@@ -81,6 +81,8 @@ class GPTQ(ScaleSearch):
         require_finite(weight)
         N, K = weight.shape
         lattice = Lattice(spec, (N, K))
+        if spec.format.shared:
+            raise SpecError(f"GPTQ fits block by block, but {spec} has parts that all blocks share; use GPTVQ")
         d = spec.format.dim
         if lattice.bc % d and lattice.G > 1:
             raise SpecError(f"GPTQ rounds vectors of {d} inputs at once, so they must divide the {lattice.bc} inputs that share a scale; got {spec}")

@@ -49,6 +49,8 @@ class RTN(ScaleSearch):
             free = frozen.isnan()
             w = torch.where(free, w, 0.0)
             importance = free.T.float() if importance is None else importance * free.T
+        if spec.format.shared:  # parts of all blocks at once: nothing to search block by block
+            return quantize(w, spec, weight=None if importance is None else importance.T.expand_as(w))
         lattice = Lattice(spec, tuple(w.shape))
         choose_all(w.T.contiguous(), lattice, self, importance)
         return quantize(w, spec, lattice.parts())

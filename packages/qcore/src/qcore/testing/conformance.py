@@ -60,7 +60,7 @@ def check_format(fmt: NumberFormat) -> None:
     x = _format_values(fmt)
     params: dict[str, Tensor] = {}
     if fmt.parts:
-        params = {name: part[0] for name, part in fmt.fit(x.unsqueeze(0)).items()}
+        params = {name: part if name in fmt.shared else part[0] for name, part in fmt.fit(x.unsqueeze(0)).items()}
         assert set(params) == set(fmt.parts), f"{fmt}: fit() returned {sorted(params)}, `parts` promises {sorted(fmt.parts)}"
     codes = fmt.encode(x, params)
     shape = x.shape if d == 1 else x.shape[:-1]
