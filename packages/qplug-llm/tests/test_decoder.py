@@ -161,12 +161,19 @@ def test_fused_projections_are_slices():
     assert v.writes[0].channels == (range(40, 60), range(100, 120), range(160, 180))  # [q k v] of each head
 
 
-def test_experts_are_blocked_and_nothing_else_is_claimed_of_them():
+def test_experts_are_sites_and_ports_of_the_residual_stream():
     topology = topology_of("Mixtral")
-    assert all("expert" not in site.module for site in topology.sites)
-    assert all("expert" not in port.param and "gate.weight" not in port.param for link in topology.links for port in link.ports)
-    assert "residual" not in {link.name for link in topology.links}
-    assert "MixtralExperts" in topology.blocked[Port("model.layers.0.mlp.experts.down_proj", "in")]
+    of_layer = [str(site) for site in topology.blocks[1].sites if site.module.startswith("model.layers.1.mlp")]
+    stack = "model.layers.1.mlp.experts"
+    assert of_layer == [
+        "model.layers.1.mlp.gate:router",
+        *(f"{stack}:gate_up_proj[{e}]" for e in range(4)),
+        *(f"{stack}:down_proj[{e}]" for e in range(4)),
+    ]
+    residual = next(link for link in topology.links if link.name == "residual")
+    assert Port(f"{stack}.down_proj", "out") in residual.writes
+    assert {Port(f"{stack}.gate_up_proj", "in"), Port("model.layers.1.mlp.gate.weight", "in")} <= set(residual.reads)
+    assert residual.invariance == Invariance.PERMUTE | Invariance.ROTATE
 
 
 def test_topology_needs_no_weights():

@@ -17,9 +17,9 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows]
 
 
 @hookimpl

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.budget import return_freed_memory
+from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.ranges import range_observer, range_parts
 from qcore.calibration.runner import BlockFeed, BlockInput, BlockRunner, Progress
@@ -38,6 +39,7 @@ from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, sp
 from qcore.packing import first_that_accepts
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.base import WeightSolver
+from qcore.solvers.rtn import nearest_like
 from qcore.transforms.apply import build_insert
 from qcore.transforms.channels import site_matrix
 from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader, owner_of, rewritten_topology
@@ -80,6 +82,7 @@ class Quantized:
     sites: list[SiteRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    coverage: Ledger = field(default_factory=Ledger)
     values: TensorReader | None = None  # of a streamed run: the tensors that the model has on meta
     choices: dict[str, str] = field(default_factory=dict)
 
@@ -151,6 +154,8 @@ def quantize_model(
     if stream and journal is None:
         raise CalibrationError("a streamed run keeps its blocks in a journal; pass journal=Journal(folder, content)")
     run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep)
+    with run.timed("coverage"):
+        run.check_coverage()
     with run.timed("transform"):
         run.fit_model_transforms()
     with run.timed("allocate"):
@@ -191,10 +196,27 @@ class _Run:
         self.compute = compute_dtype(loaded.dtype)
         self._installed: set[str] = set()
         self._wrapped: set[str] = set()
+        self._own_stacks: set[str] = set()
+        self._instead: dict[Site, WeightSolver] = {}
+        self.result.coverage = Ledger(recipe.calibration.minimum, recipe.calibration.below)
         self._owners = _Owners(self.model)
         self._ties = tied_groups(self.model)
 
     # steps -------------------------------------------------------------------------------------------------------------------------------
+
+    def check_coverage(self) -> None:
+        """Fail before anything is solved where experts would see too few rows: one pass of the float model, where the policy is to fail."""
+        stacks = {(s.module, s.tensor) for s in self.topology.sites if s.part is not None and s in self.result.specs and self._solver(s).observes}
+        checked = self.journal is not None and self.journal.step("coverage") is not None
+        if self.recipe.calibration.below != "fail" or not stacks or not self.batches or checked:
+            return
+        first = dict(sorted(stacks))  # one of a module's parameters: the parts of all see the same tokens
+        sites = [s for s in self.topology.sites if s.part is not None and first.get(s.module) == s.tensor]
+        seen = self._observe_model({site.input: (Rows(),) for site in sites})
+        census = Ledger(self.recipe.calibration.minimum, "fail", {site: seen[site.input][Rows.name] for site in sites})
+        census.require()
+        if self.journal:
+            self.journal.keep_step("coverage", {}, {"checked": len(sites)})
 
     def fit_model_transforms(self) -> None:
         """Fit the transforms of scope "model", each on the model that the one before leaves."""
@@ -206,7 +228,7 @@ class _Run:
         for i, transform in enumerate(transforms):
             self.progress(f"transform {transform.name}", i, len(transforms))
             topology = rewritten_topology(self.topology, self.result.rewrite)
-            wants = transform.wants(topology, self.result.specs)
+            wants = _counted(transform.wants(topology, self.result.specs))
             seen = self._observe_model(wants) if wants else {}
             found = transform.fit(topology, self.result.specs, seen, self.model, self.reader)
             self.result.rewrite = self.result.rewrite.then(found)
@@ -330,7 +352,7 @@ class _Run:
             self._install(block.module)
             # links that end behind an inserted module, or in a leaf that was split, are none any more
             inside = rewritten_topology(self.topology, self.result.rewrite).within(block)
-            wants = transform.wants(inside, self.result.specs)
+            wants = _counted(transform.wants(inside, self.result.specs))
             seen: Mapping[Site, Seen] = {}
             if wants:
                 module = self.model.get_submodule(block.module)
@@ -348,8 +370,27 @@ class _Run:
         wanted: dict[Site, tuple[Observer, ...]] = {}
         for site in stage:
             wanted[site.input] = (*self._solver(site).observes, *self._range_observers(site.input))
-        seen = runner.observe(wanted)
-        return {site: seen[site.input] for site in stage}
+        observed = runner.observe(_counted(wanted))
+        return self._cover({site: observed[site.input] for site in stage})
+
+    def _cover(self, seen: dict[Site, Seen]) -> dict[Site, Seen]:
+        """Enter what the parts of fused stacks saw into the ledger, and do what the recipe says about those that saw too little."""
+        ledger = self.result.coverage
+        ledger.counts |= {site: own[Rows.name] for site, own in seen.items() if Rows.name in own}
+        ledger.require()
+        covered = dict(seen)
+        for site in ledger.short():
+            if site not in seen or "gram" not in {o.name for o in self._solver(site).observes}:
+                continue
+            gram = filled_up(seen, ledger.counts, site, ledger.minimum) if ledger.below == "layer" and share_inputs(self.topology, site) else None
+            if gram is not None:
+                covered[site] = {**seen[site], "gram": gram}
+                ledger.instead[site] = "filled up with the layer's average"
+            elif ledger.below == "nearest" or not ledger.counts[site].rows:
+                covered[site] = {name: value for name, value in seen[site].items() if name != "gram"}
+                self._instead[site] = nearest_like(self._solver(site))
+                ledger.instead[site] = "rounded to nearest"
+        return covered
 
     # activations -------------------------------------------------------------------------------------------------------------------------
 
@@ -414,8 +455,10 @@ class _Run:
     def _matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
-        param = getattr(owner, site.tensor)
-        whole = layout(owner, site.tensor).matrix(param.detach())
+        own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
+        if site.part is not None and own.piece is not None:
+            return own.piece(param.detach(), site.part).clone()
+        whole = own.matrix(param.detach())
         rows = _rows(site, whole, param)
         return whole if rows is None else whole[rows]
 
@@ -425,12 +468,19 @@ class _Run:
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
         values = q.dequantize().to(matrix.dtype)
         error, of = relative_error(matrix, values, seen.get("gram"))
-        whole = own.matrix(param.detach())
-        rows = _rows(site, whole, param)
-        if rows is not None:
-            whole = whole.clone()
-            whole[rows] = values
-        param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
+        if site.part is not None and own.piece is not None:
+            # a stack is copied once, not once for each of its experts; the copy is this run's own
+            if site.param not in self._own_stacks:
+                param.data = param.data.clone()
+                self._own_stacks.add(site.param)
+            own.piece(param.data, site.part).copy_(values)
+        else:
+            whole = own.matrix(param.detach())
+            rows = _rows(site, whole, param)
+            if rows is not None:
+                whole = whole.clone()
+                whole[rows] = values
+            param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
         packing = self._packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(
@@ -505,6 +555,8 @@ class _Run:
         return stages
 
     def _solver(self, site: Site) -> WeightSolver:
+        if site in self._instead:
+            return self._instead[site]
         rule = self.recipe.rule_for(site)
         return rule.solver if rule is not None and rule.solver is not None else self.recipe.solver
 
@@ -587,7 +639,7 @@ class _Run:
         return observing or block_wants
 
     def _feed(self) -> BlockFeed:
-        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self._autocast())
+        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self._autocast(), self.recipe.calibration.affinity)
 
         def run_block(block: Block, call: BlockInput) -> Any:
             self._install(block.module)
@@ -637,7 +689,8 @@ class _Run:
             if name is not None:
                 modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
-        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records]})
+        coverage = self.result.coverage.records(block.sites)
+        self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records], "coverage": coverage})
 
     def _restore(self, block: Block, tensors: TensorReader, data: dict[str, Any]) -> None:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
@@ -648,6 +701,7 @@ class _Run:
             evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
         else:
             materialize(self.model.get_submodule(block.module), block.module, tensors)
+        self.result.coverage.restore(data.get("coverage", ()))
         self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
 
     @contextmanager
@@ -708,6 +762,11 @@ class _LiveReader:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._reader[self._stored_name(name)]
+
+
+def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Observer, ...]]:
+    """The same wishes, with the rows of every part of a fused stack counted: a part may see none."""
+    return {site: (*observers, Rows()) if site.part is not None and observers else tuple(observers) for site, observers in wants.items()}
 
 
 def leaf_at(model: nn.Module, path: str) -> nn.Module:

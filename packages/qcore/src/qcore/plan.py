@@ -56,8 +56,10 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        """Sites of one kind are one line of the table: the last name of the path, "q_proj:weight"."""
-        return self.site.rpartition(".")[2]
+        """Sites of one kind are one line of the table: the last name of the path, "q_proj:weight"; parts of a stack are of one kind."""
+        last = self.site.rpartition(".")[2]
+        name, bracket, part = last.partition("[")
+        return f"{name}[*]" if bracket and part.removesuffix("]").isdigit() else last
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Plan:
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
+    coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
     """
 
     model: str
@@ -92,6 +95,7 @@ class Plan:
     needs_data: bool = False
     flops: float = 0.0
     budget: Budget | None = None
+    coverage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def effective_bits(self) -> float | None:
@@ -153,6 +157,7 @@ class Plan:
             "estimate": {"flops": self.flops, "seconds": self.seconds, "at_flops_per_second": ASSUMED_FLOPS},
             "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
+            "coverage": dict(self.coverage),
             "transforms": [asdict(t) for t in self.transforms],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
@@ -230,11 +235,18 @@ class _Planner:
             )
         if not decisions and not self.problems:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
+        coverage = self._coverage(needs_data)
         self._flush_alike()
         left = self._left_float()
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
         budget = self._budget(decisions, needs_data, after)
+        source = self.recipe.calibration.source
+        if needs_data and budget.stream and source is not None and source.kept(self.model, self.recipe.calibration) is None:
+            self.problems.append(
+                f"calibration source {source.name!r} makes its data with the whole float model in memory, and this run is streamed; "
+                "make it once where the model fits (calibration.source.path names the file that keeps it), or use text: --set calibration.source=none"
+            )
         return Plan(
             model=self.loaded.name,
             recipe=self.recipe.name,
@@ -248,6 +260,7 @@ class _Planner:
             needs_data=needs_data,
             flops=flops,
             budget=budget,
+            coverage=coverage,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -297,8 +310,8 @@ class _Planner:
         return None
 
     def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
-        """The kernel expected to run it; None where the module is no linear layer, whose op is known when it is replaced."""
-        if not isinstance(module, nn.Linear):
+        """The kernel expected to run it; None where neither the module nor a part of it is a linear layer, whose op is known when it is replaced."""
+        if not isinstance(module, nn.Linear) and site.part is None:
             return None
         try:
             unpack = partial(packing.unpack, spec=spec, shape=shape)
@@ -406,6 +419,42 @@ class _Planner:
         before = sum(p.numel() for p in self.model.parameters()) * self.itemsize
         return before, before + sum(d.bytes_after - d.bytes_before for d in decisions)
 
+    def _coverage(self, needs_data: bool) -> dict[str, Any]:
+        """What can be said of the experts' rows before any token was routed."""
+        parts: dict[str, int] = {}
+        for site in self.sites:
+            if site.part is not None and site in self.specs:
+                parts[site.module] = max(parts.get(site.module, 0), site.part + 1)
+        if not parts:
+            return {}
+        settings = self.recipe.calibration
+        tokens = settings.samples * settings.length if needs_data else 0
+        chosen = experts_per_token(self.model)
+        even = None if chosen is None else tokens * chosen // max(parts.values())
+        if needs_data and even is not None and even < settings.minimum and settings.below == "fail":
+            self.problems.append(
+                f"{tokens} calibration tokens, {chosen} experts for each, give each of {max(parts.values())} experts about {even} rows, fewer than "
+                f"calibration.minimum={settings.minimum}; use more: --set calibration.samples="
+                f"{-(-settings.minimum * settings.samples // max(even, 1))}, or say what to do: --set calibration.below=layer"
+            )
+        return {
+            "experts": sum(parts.values()),
+            "stacks": len(parts),
+            "tokens": tokens,
+            "from": "the calibration text" if settings.source is None else repr(settings.source),
+            "rows_if_even": even,
+            "minimum": settings.minimum,
+            "below": settings.below,
+        }
+
+    def _share(self, decision: Decision) -> float:
+        """The share of tokens that a weight sees: an expert is not always chosen."""
+        module, _, own = decision.site.partition(":")
+        chosen = experts_per_token(self.model)
+        if chosen is None or not own.endswith("]") or "[" not in own:
+            return 1.0
+        return min(1.0, chosen / max(1, getattr(self.model.get_submodule(module), own.partition("[")[0]).shape[0]))
+
     def _budget(self, decisions: Sequence[Decision], needs_data: bool, packed: int) -> Budget:
         settings, shapes = self.recipe.calibration, {d.site: d.shape for d in decisions}
         sites = [s for s in self.sites if s in self.specs and str(s) in shapes]
@@ -428,9 +477,11 @@ class _Planner:
         values = sum(d.values for d in decisions)
         settings = self.recipe.calibration
         tokens = settings.samples * settings.length if needs_data else 0
-        grams = [d.shape[1] for d in decisions if needs_data]
         # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
-        flops = 4.0 * values * tokens + sum(2.0 * k * k * tokens for k in grams) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
+        shares = [self._share(d) for d in decisions]
+        seen = [(d.shape[1], tokens * share) for d, share in zip(decisions, shares, strict=True) if needs_data]
+        flops = 4.0 * tokens * sum(d.values * share for d, share in zip(decisions, shares, strict=True))
+        flops += sum(2.0 * k * k * rows for k, rows in seen) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
         return flops + 100.0 * values
 
     def _problem(self, site: Site, what: str) -> None:
@@ -444,6 +495,12 @@ class _Planner:
 def context_length(model: nn.Module) -> int | None:
     """How many tokens the model can see, where its config says so."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts a token is sent to, where the model's config says so."""
+    found = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def matrix_shape(module: nn.Module, site: Site) -> Shape:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from qcore.calibration.coverage import BELOW, Below
 from qcore.calibration.observer import Observer
 from qcore.calibration.selectors import Selector
+from qcore.calibration.source import CalibrationSource
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
@@ -21,7 +23,7 @@ AUTO_SCALE = "auto"
 class Rule:
     """What to store for the sites that match; the last rule that matches a site wins.
 
-    sites:   a shell pattern over `str(site)`: "*:weight", "*.down_proj:weight", "*:input", "*.experts:*"
+    sites:   a shell pattern over the names of a site (`Site.names`): "*:weight", "*.down_proj:weight", "*:input", "*.experts.*:weight", "*:router"
     spec:    what to store; None leaves the site float
     solver:  another solver for these sites; None = the recipe's
     packing: a packing by name; None = the first that accepts the spec
@@ -54,6 +56,10 @@ class CalibrationSettings:
              bfloat16 where the processor multiplies it natively, which takes half the time
     select:  chooses the samples by what they are about (`qcore.calibration.selectors`), in place of the seed
     candidates: how many windows it chooses from, at most; where the text has more, the seed draws them
+    affinity: exponent of a row's weight, where a tap gives one: what a router multiplies an expert's output with.  1: MoEQuant's affinity-guided
+             error (https://arxiv.org/abs/2505.03804);  2: the squared error of what is added to the stream;  0: every row alike
+    source:  makes the calibration data with the float model, such as text that it samples from itself; None = windows of the calibration text
+    minimum, below: rows that each part of a fused stack (an expert) must see, and what is done about parts that see fewer: see `Ledger`
     """
 
     samples: int = 64
@@ -65,15 +71,23 @@ class CalibrationSettings:
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     select: Selector | None = None
     candidates: int = 2048
+    affinity: float = 1.0
+    minimum: int = 1
+    below: Below = "fail"
+    source: CalibrationSource | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "length", "batch", "candidates"):
+        for name in ("samples", "length", "batch", "candidates", "minimum"):
             if getattr(self, name) < 1:
                 raise SpecError(f"calibration.{name} is at least 1, got {getattr(self, name)}")
         if self.starts < 0 or self.starts_weight <= 0:
             raise SpecError(f"calibration.starts is 0 or more and starts_weight positive, got {self.starts} and {self.starts_weight}")
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise SpecError(f"calibration.precision is float32, bfloat16 or auto, got {self.precision!r}")
+        if not self.affinity >= 0:
+            raise SpecError(f"calibration.affinity is an exponent, 0 or more, got {self.affinity}")
+        if self.below not in BELOW:
+            raise SpecError(f"calibration.below is one of {', '.join(BELOW)}, got {self.below!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +110,8 @@ class Recipe:
 
     def rule_for(self, site: Site) -> Rule | None:
         """The last rule whose pattern matches."""
-        return next((r for r in reversed(self.rules) if fnmatchcase(str(site), r.sites)), None)
+        names = site.names
+        return next((r for r in reversed(self.rules) if any(fnmatchcase(name, r.sites) for name in names)), None)
 
     def specs_for(self, sites: Iterable[Site], dtype_name: str | None = "float32") -> dict[Site, QuantSpec]:
         """What to store for each site that is to be quantized.
@@ -118,7 +133,7 @@ class Recipe:
 
     def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
         """Rules that match none of `sites`: a typing error, most likely."""
-        names = [str(site) for site in sites]
+        names = [name for site in sites for name in site.names]
         return [rule for rule in self.rules if not any(fnmatchcase(name, rule.sites) for name in names)]
 
 

@@ -379,6 +379,7 @@ class _Builder:
 def _kind_of(hint: Any) -> str | None:
     """The registry's kind for fields that hold one of its protocols."""
     kinds = {"WeightSolver": "solvers", "Transform": "transforms", "Observer": "observers", "Allocator": "allocators", "Selector": "selectors"}
+    kinds["CalibrationSource"] = "calibrations"
     return kinds.get(getattr(hint, "__name__", ""))
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import qcore
 import torch
+from qcore.calibration import Ledger
 from qcore.cli import main
 from qcore.cli.quantize import Steps
 from qcore.model import Block, DictReader, LoadedModel, ModelAdapter, Site, Topology, materialize, parameters_on_meta
@@ -193,7 +194,9 @@ class Pretend:
         record = SimpleNamespace(
             site="mix:weight", spec="int4", solver="X()", packing="bits", shape=(64, 64), error=0.01, of="weight", bits=4.5, nbytes=2304, seconds=0.1
         )
-        return SimpleNamespace(model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"], values=None)
+        return SimpleNamespace(
+            model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"], values=None, coverage=Ledger()
+        )
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
         assert options["adapter"] == options["source"] == "toy" and options["record"]["seed"] == 0

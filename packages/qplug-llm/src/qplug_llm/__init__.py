@@ -1,5 +1,7 @@
 """Language models for qcore: adapters for transformers' decoders, and sources that read its folders and GGUF files."""
 
+from pathlib import Path
+
 from qcore.plugins import hookimpl
 
 
@@ -11,7 +13,26 @@ def qcore_adapters():
 
 
 @hookimpl
-def qcore_sources():
-    from qplug_llm.sources import GGUF, TransformersFolder
+def qcore_modules():
+    from qplug_llm.experts import ExpertStack, PackedMatrix
 
-    return [GGUF, TransformersFolder]
+    return [ExpertStack, PackedMatrix]
+
+
+@hookimpl
+def qcore_calibrations():
+    from qplug_llm.ebss import EBSS
+
+    return [EBSS]
+
+
+@hookimpl
+def qcore_sources():
+    from qplug_llm.sources import GGUF, TransformersConfig, TransformersFolder
+
+    return [GGUF, TransformersFolder, TransformersConfig]
+
+
+@hookimpl
+def qcore_recipes():
+    return [Path(__file__).parent / "recipes"]

@@ -4,7 +4,9 @@ Structure is read from a small random twin of the model's own class (twin.py, st
 candidate is tried on the twin before it is believed (proof.py).  So a family that is named nowhere works, or is refused link by link with the reason;
 what the trials cost, about a second, is paid once for each configuration.
 
-Left out: the stacks of fused experts are no sites yet, and encoder-decoders and models with images are not matched.
+Experts are sites one by one, also where their matrices are fused (experts.py); a router has a role of its own, so that "*:weight" does not mean it.
+
+Left out: encoder-decoders and models with images are not matched.
 """
 
 import json
@@ -21,10 +23,11 @@ from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topo
 from qcore.transforms.rewrite import Rewrite, scale_link
 from torch import Tensor, nn
 
-from qplug_llm import attention, twin
-from qplug_llm.links import Candidate, block_candidates, model_candidates, unexplained
+from qplug_llm import attention, experts, twin
+from qplug_llm.experts import DOWN, is_router, is_stack, up_name
+from qplug_llm.links import Candidate, block_candidates, model_candidates, resolve, unexplained
 from qplug_llm.proof import Bench, Verdict
-from qplug_llm.structure import Facts, features, find_blocks, is_linear, kinds, observe
+from qplug_llm.structure import Facts, features, find_blocks, is_linear, kinds, observe, routes
 
 _MOST_LAYERS = 8
 _AXES: tuple[Axis, ...] = ("out", "in")
@@ -59,10 +62,13 @@ class DecoderLM(ModelAdapter):
         )
 
     def prepare(self, model: nn.Module) -> None:
-        """Set the attention function "qcore" in place, where the model's attention can be set; without taps it calls sdpa itself."""
+        """Set the attention function and the experts function "qcore" in place, where the model's can be set."""
         if attention.can_be_set(model):
             attention.register()
             model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        if experts.can_be_set(model):
+            experts.register()
+            model.set_experts_implementation(experts.NAME)  # type: ignore[operator]
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits [B, T, V]."""
@@ -138,7 +144,8 @@ def _learn(carrier: _Frozen, cls: type, config: str, blocks: str, layers: tuple[
     for i in kind_of:
         block = f"{blocks}.{i}"
         for candidate in block_candidates(small, block, i, facts.blocks[i], _inside(facts.gains, block)):
-            judge(candidate)
+            if candidate.key not in verdicts:  # one expert speaks for all
+                judge(candidate)
     outer, residual = model_candidates(small, blocks, facts, kind_of)
     for candidate in outer:
         judge(candidate)
@@ -217,9 +224,17 @@ class _Assembly:
         if facts is not None and kind is not None:
             stages = facts.blocks[kind].stages
         else:
-            # nobody saw it run: one stage for each linear, in the order of registration
-            stages = tuple((p,) for p, m in self.model.get_submodule(path).named_modules() if is_linear(m))
-        return Block(path, tuple(tuple(Site(f"{path}.{p}") for p in stage) for stage in stages))
+            # nobody saw it run: one stage for each matrix, in the order of registration
+            stages = tuple((p,) for p in _matrices(self.model.get_submodule(path)))
+        return Block(path, tuple(tuple(site for p in stage for site in self._sites(f"{path}.{p}")) for stage in stages))
+
+    def _sites(self, path: str) -> tuple[Site, ...]:
+        """Of a linear or a router; of a fused parameter one for each expert."""
+        owner, param, _ = resolve(self.model, path)
+        module = self.model.get_submodule(owner)
+        if param != "weight":
+            return tuple(Site(owner, param, part=e) for e in range(getattr(module, param).shape[0]))
+        return (Site(owner, role="router" if routes(module) else ""),)
 
     def _blocked(self, links: list[Link]) -> dict[Port, str]:
         """Every axis of every matrix, as far as no link has it."""
@@ -254,7 +269,7 @@ class _Assembly:
             return self.known.failure
         if why := self.why.get((f"{path}.{name}", axis)):
             return why
-        if not (is_linear(module) or isinstance(module, nn.Embedding)):
+        if not (is_linear(module) or is_router(module) or is_stack(module) or isinstance(module, nn.Embedding)):
             return f"{type(module).__name__}.{name} is no linear layer: this adapter does not follow its channels"
         inside = path.startswith(self.path + ".")
         if inside:
@@ -274,6 +289,17 @@ class _Assembly:
         if len(whole) < self.count:
             return "the residual stream runs through blocks that are built like none of the twin's"
         return "no other parameter was found that shares these channels"
+
+
+def _matrices(block: nn.Module) -> list[str]:
+    """Paths of all that has sites, in the order of registration; stacks of experts last, behind their router."""
+    found: list[str] = []
+    for path, module in block.named_modules():
+        if is_stack(module):
+            found += [f"{path}.{up_name(module)}", f"{path}.{DOWN}"]
+        elif is_linear(module) or is_router(module):
+            found.append(path)
+    return sorted(found, key=lambda path: resolve(block, path)[1] != "weight")
 
 
 def _rest(size: int, slices: list[tuple[range, ...]]) -> tuple[range, ...]:

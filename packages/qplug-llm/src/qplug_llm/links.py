@@ -7,6 +7,8 @@ from qcore.model.topology import Invariance, Link, Port
 from torch import nn
 
 from qplug_llm import twin
+from qplug_llm.experts import DOWN, gate_channels, up_name
+from qplug_llm.experts import features as expert_features
 from qplug_llm.structure import BlockFacts, Facts, Slot, features
 
 _SHARES: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
@@ -26,12 +28,20 @@ class Candidate:
 
 
 def _ports(model: nn.Module, path: str, axis: str, channels: tuple[range, ...] = (), repeat: int = 1, gain: float = 0.0) -> tuple[Port, ...]:
-    """The ports of a module on one side: its weight, and its bias where it writes."""
-    module = model.get_submodule(path)
-    ports = [Port(f"{path}.weight", axis, channels=channels, repeat=repeat, gain=gain)]  # type: ignore[arg-type]
-    if axis == "out" and getattr(module, "bias", None) is not None:
-        ports.append(Port(f"{path}.bias", "out", channels=channels, repeat=repeat))
+    """The ports of a module on one side: its weight, and its bias where it writes.  A path may name a fused parameter: all of its experts."""
+    owner, param, bias = resolve(model, path)
+    ports = [Port(f"{owner}.{param}", axis, channels=channels, repeat=repeat, gain=gain)]  # type: ignore[arg-type]
+    if axis == "out" and getattr(model.get_submodule(owner), bias, None) is not None:
+        ports.append(Port(f"{owner}.{bias}", "out", channels=channels, repeat=repeat))
     return tuple(ports)
+
+
+def resolve(model: nn.Module, path: str) -> tuple[str, str, str]:
+    """(module, its matrix, its bias) of a linear's path, or of a fused parameter's."""
+    parent, _, own = path.rpartition(".")
+    if own in ("gate_up_proj", "up_proj", DOWN) and isinstance(getattr(model.get_submodule(parent), own, None), nn.Parameter):
+        return parent, own, f"{own}_bias"
+    return path, "weight", "bias"
 
 
 def _reads(model: nn.Module, paths: tuple[str, ...]) -> tuple[Port, ...]:
@@ -60,6 +70,8 @@ def block_candidates(model: nn.Module, block: str, kind: int, facts: BlockFacts,
         name = f"{feed.norm}→{'·'.join(r.rsplit('.', 1)[-1] for r in feed.readers)}"
         add(name, Link(f"{block}.{name}", _size(model, norm), writes, reads, Invariance.SCALE))
 
+    for stack in facts.stacks:
+        found += _expert_candidates(model, full(stack), kind, stack)
     if facts.attention:
         found += _attention_candidates(model, block, kind, facts, gains)
     for inner in facts.inner:
@@ -78,6 +90,29 @@ def block_candidates(model: nn.Module, block: str, kind: int, facts: BlockFacts,
             for i, (w, channels) in enumerate(slices):
                 name = f"{w.rsplit('.', 1)[-1]}{'' if not channels else f'[{i}]'}→{last}"
                 add(name, Link(f"{block}.{name}", size, _ports(model, full(w), "out", channels), reads, Invariance.SCALE, through))
+    return found
+
+
+def _expert_candidates(model: nn.Module, path: str, kind: int, name: str) -> list[Candidate]:
+    """Inside each expert: up (and gate) → down.  One verdict serves all experts of a stack: they are computed alike."""
+    module: Any = model.get_submodule(path)
+    size, up = expert_features(module)[1], f"{path}.{up_name(module)}"
+    gate, rows = gate_channels(module)
+    if module.has_gate and not rows:
+        return []  # interleaved: an edit for each channel would be needed, and their gates are clamped anyway
+    found = []
+    for expert in range(module.num_experts):
+        reads = (Port(f"{path}.{DOWN}", "in", part=expert),)
+
+        def writes(channels: tuple[range, ...], expert: int = expert) -> tuple[Port, ...]:
+            ports = [Port(up, "out", part=expert, channels=channels)]
+            return (*ports, Port(f"{up}_bias", "out", part=expert, channels=channels)) if module.has_bias else tuple(ports)
+
+        both = writes(gate) + writes(rows) if gate else writes(())
+        link = Link(f"{path}.{expert}.up→down", size, writes(rows), reads, Invariance.SCALE)
+        found.append(Candidate((kind, f"{name}.up→down"), (link,)))
+        link = Link(f"{path}.{expert}.gate·up→down", size, both, reads, Invariance.PERMUTE)
+        found.append(Candidate((kind, f"{name}.gate·up→down"), (link,)))
     return found
 
 

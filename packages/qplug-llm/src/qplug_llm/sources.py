@@ -117,6 +117,52 @@ class TransformersFolder(ModelSource):
         return read_tokenizer(folder)
 
 
+class NoWeights:
+    """The reader of a model of which only the configuration is there: it knows every name, and has no tensor."""
+
+    def __init__(self, where: Path, names: Iterable[str]) -> None:
+        self._where, self._names = where, dict.fromkeys(names)
+
+    def names(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise CheckpointError(f"{self._where} is a configuration alone, there is no {name}: `qcore plan` needs no weights, everything else does")
+
+
+class TransformersConfig(ModelSource):
+    """One .json file that says what a model is made of: enough to plan a run on a model that is not there."""
+
+    name: ClassVar[str] = "transformers-config"
+    help: ClassVar[str] = "path/to/config.json  a transformers configuration without weights, for `qcore plan`"
+
+    def matches(self, uri: str) -> bool:
+        return uri.endswith(".json") and Path(uri).is_file()
+
+    def load(self, uri: str) -> LoadedModel:
+        path = Path(uri)
+        data = read_config(path)
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as e:  # transformers raises what it likes
+            raise CheckpointError(f"{path}: transformers cannot read it ({_first_line(e)})") from e
+        model = skeleton_of(config, str(data["model_type"]))
+        named = data.get("dtype") or data.get("torch_dtype") or "bfloat16"
+        return LoadedModel(
+            model=model,
+            reader=NoWeights(path, model.state_dict(keep_vars=True)),
+            name=path.parent.resolve().name if path.name == "config.json" else path.stem,
+            dtype=getattr(torch, str(named).removeprefix("torch."), torch.bfloat16),
+            source=self.name,
+            notes=("there are no weights: all that can be done with a configuration is a plan",),
+        )
+
+
 class GGUF(ModelSource):
     """One .gguf file: weights are dequantized tensor by tensor, names and configuration are translated by transformers' own tables."""
 
@@ -165,8 +211,8 @@ class GGUF(ModelSource):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, refused when it is broken or brings code."""
-    path = folder / "config.json"
+    """A folder's config.json, or the file itself; refused when it is broken or brings code."""
+    path = folder / "config.json" if folder.is_dir() else folder
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qplug_llm import attention, twin
+from qplug_llm.experts import DOWN, is_router, is_stack, up_name
 
 Layout = Literal["whole", "joined", "grouped"]
 _LAYOUTS: tuple[Layout, ...] = ("whole", "joined", "grouped")
@@ -46,7 +47,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Feed:
-    """A norm (or nothing) and the linears that read what it gives."""
+    """A norm and the matrices that read what it gives."""
 
     norm: str
     readers: tuple[str, ...]
@@ -68,14 +69,15 @@ class Inner:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One kind of block; all paths are relative to it.
+    """One kind of block; all paths are relative to it.  A path names a linear or a router, or a fused parameter: "mlp.experts.down_proj".
 
-    stages:   linears that share an input, in the order of execution
+    stages:   matrices that share an input, in the order of execution; a router stands alone, right before what it routes to
+    stacks:   modules of fused experts
     q, k, v:  where they are written; a norm's path in `q_norm`, `k_norm` where one comes between
     out:      the linear that reads the attention's output
     heads, kv, dim: of the twin, to know which attribute of the real module says them
-    adders:   linears whose output is added to the residual stream
-    readers:  linears that read the stream, directly or through a norm
+    adders:   matrices whose output is added to the residual stream
+    readers:  matrices that read the stream, directly or through a norm
     norms:    norms on the stream, before readers or after adders
     unexplained: why the stream could not be followed, "" = it could
     """
@@ -90,6 +92,7 @@ class BlockFacts:
     k_norm: str = ""
     out: str = ""
     inner: tuple[Inner, ...] = ()
+    stacks: tuple[str, ...] = ()
     adders: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
@@ -124,13 +127,18 @@ class Facts:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' transposed Conv1D."""
+    """nn.Linear, or transformers' transposed Conv1D; no router, which has a forward of its own."""
     weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2)
+    return (isinstance(module, nn.Linear) and not is_router(module)) or (hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2)
+
+
+def routes(module: nn.Module) -> bool:
+    """Whether a matrix decides what counts: a router, or the gate of a shared expert, one number for a token."""
+    return is_router(module) or (isinstance(module, nn.Linear) and module.out_features == 1)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(K inputs, N outputs) of a linear or an embedding."""
+    """(K inputs, N outputs) of a linear, a router or an embedding."""
     a, b = module.weight.shape  # type: ignore[misc]
     if isinstance(module, nn.Embedding) or hasattr(module, "nf"):
         return a, b
@@ -267,7 +275,11 @@ def _source(x: Tensor | None, calls: Iterable[_Call]) -> _Call | None:
 
 def _added(target: Tensor, start: Tensor | None, calls: Sequence[_Call]) -> list[_Call] | None:
     """The calls whose outputs make `target` out of `start`; None when no sum does."""
-    same = [c for c in calls if _owns_parameters(c) and c.y.shape == target.shape]
+    same: list[_Call] = []
+    for call in calls:
+        # a module that owns a vector of its own and returns what its last layer put out is that layer
+        if _owns_parameters(call) and call.y.shape == target.shape and not any(_same(c.y, call.y) for c in same):
+            same.append(call)
     parts = ([] if start is None else [start]) + [c.y for c in same]
     weights = _explain(target, parts)
     if weights is None:
@@ -280,26 +292,45 @@ def _block_facts(prefix: str, calls: list[_Call], border: tuple[Tensor, Tensor],
         return path.removeprefix(prefix)
 
     linears = [c for c in calls if is_linear(c.module)]
+    matrices = [c for c in calls if is_linear(c.module) or is_router(c.module) or is_stack(c.module)]
+
+    def reads(call: _Call) -> str:
+        return rel(call.path) + (f".{up_name(call.module)}" if is_stack(call.module) else "")
+
     stages: list[list[_Call]] = []
-    for call in linears:
-        shared = next((s for s in stages if _same(s[0].x, call.x)), None)
+    order: list[Any] = []  # stages of linears and of what routes, paths of fused parameters
+    for call in matrices:
+        if is_stack(call.module):
+            order += [(reads(call),), (f"{rel(call.path)}.{DOWN}",)]
+            continue
+        shared = next((s for s in stages if _same(s[0].x, call.x) and routes(s[0].module) == routes(call.module)), None)
         if shared is None:
             stages.append([call])
+            order.append(stages[-1])
         else:
             shared.append(call)
 
     norms = [c for c in calls if _is_norm(c)]
     feeds = []
     for norm in norms:
-        readers = tuple(rel(c.path) for c in linears if _same(c.x, norm.y))
+        readers = tuple(reads(c) for c in matrices if _same(c.x, norm.y))
         if readers and _owns_parameters(norm):
             feeds.append(Feed(rel(norm.path), readers))
 
     heads = _attention_facts(rel, calls, linears, attentions[0]) if len(attentions) == 1 else {}
-    stream = _stream_facts(rel, calls, linears, norms, border)
+    stream = _stream_facts(rel, reads, calls, matrices, norms, border)
     taken = {slot.linear for slot in (heads.get("q"), heads.get("k"), heads.get("v")) if slot is not None}
-    inner = _inner_facts(rel, stages, norms, {*taken, heads.get("out", "")}, set(stream.get("readers", ())))
-    return BlockFacts(stages=tuple(tuple(rel(c.path) for c in stage) for stage in stages), feeds=tuple(feeds), inner=inner, **heads, **stream)
+    inner = _inner_facts(
+        rel, [[c for c in s if is_linear(c.module)] for s in stages], norms, {*taken, heads.get("out", "")}, set(stream.get("readers", ()))
+    )
+    return BlockFacts(
+        stages=tuple(entry if isinstance(entry, tuple) else tuple(rel(c.path) for c in entry) for entry in order),
+        feeds=tuple(feeds),
+        inner=inner,
+        stacks=tuple(rel(c.path) for c in matrices if is_stack(c.module)),
+        **heads,
+        **stream,
+    )
 
 
 def _attention_facts(rel: Any, calls: list[_Call], linears: list[_Call], seen: _Attention) -> dict[str, Any]:
@@ -313,7 +344,8 @@ def _attention_facts(rel: Any, calls: list[_Call], linears: list[_Call], seen: _
             wide = kv * d if layout == "whole" else (h + 2 * kv) * d
             if call.y.shape == (b * t, wide) and "v" not in facts:
                 own = [i for r in slot.channels(h, kv, d) for i in r] or list(range(wide))
-                if torch.allclose(call.y[:, own], v, rtol=1e-6, atol=1e-9):
+                # latent values have heads of another size than queries
+                if len(own) == v.shape[1] and torch.allclose(call.y[:, own], v, rtol=1e-6, atol=1e-9):
                     facts["v"] = slot
     before = [c for c in calls if c.path != seen.path and _owns_parameters(c)]
     for name, index, value in (("q", 0, seen.q), ("k", 1, seen.k)):
@@ -339,32 +371,37 @@ def _attention_facts(rel: Any, calls: list[_Call], linears: list[_Call], seen: _
     return facts
 
 
-def _stream_facts(rel: Any, calls: list[_Call], linears: list[_Call], norms: list[_Call], border: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def _stream_facts(
+    rel: Any, reads: Any, calls: list[_Call], matrices: list[_Call], norms: list[_Call], border: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
     start, end = border
     added = _added(end, start, calls)
     if added is None:
         return {"unexplained": "the block's output is not its input plus outputs of its layers"}
     adders, through = [], []
     for call in added:
+        if is_stack(call.module):
+            adders.append(f"{rel(call.path)}.{DOWN}")
+            continue
         if is_linear(call.module):
             adders.append(rel(call.path))
             continue
-        source = _source(call.x, linears) if _is_norm(call) else None
+        source = _source(call.x, [c for c in matrices if is_linear(c.module)]) if _is_norm(call) else None
         if source is None:
             return {"unexplained": f"{rel(call.path)} ({type(call.module).__name__}) adds to the residual stream"}
         adders.append(rel(source.path))
         through.append(rel(call.path))
     states = [start] + [c.y for c in added]
     readers = []
-    for call in linears:
+    for call in matrices:
         if call.x is None or call.x.shape != start.shape:
             continue
         norm = _source(call.x, norms)
         if norm is not None and norm.x is not None and _explain(norm.x, states):
-            readers.append(rel(call.path))
+            readers.append(reads(call))
             through.append(rel(norm.path))
         elif _explain(call.x, states):
-            readers.append(rel(call.path))
+            readers.append(reads(call))
     return {"adders": tuple(adders), "readers": tuple(readers), "norms": tuple(dict.fromkeys(through))}
 
 

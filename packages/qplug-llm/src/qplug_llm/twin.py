@@ -23,7 +23,11 @@ _COUNTS = {
     "num_experts_per_tok": 2,
     "moe_k": 2,
     "moe_top_k": 2,
+    "n_group": 2,
+    "topk_group": 1,
 }
+# channels of a head where keys and values are latent: beside the rotary ones, which are the head's size to the rotary embedding
+_LATENT = {"qk_rope_head_dim": 0, "qk_nope_head_dim": 4, "v_head_dim": 6}
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def small_config(config: Any, layers: Sequence[int]) -> Any:
     fraction = _rotary_dims(config) / dim
     small_dim = next((d for d in range(8, 41, 2) if int(d * fraction) % 2 == 0 and int(d * fraction) > 0), 8)
     # the hidden size is the heads' sum, or it is not: both stay true
-    small_hidden = few * small_dim if hidden == heads * dim else few * small_dim + 8
+    small_hidden = few * small_dim if hidden == heads * dim else few * (small_dim + 4)
     fresh = iter(range(small_hidden + 12, 10_000, 12))
     for key, value in list(data.items()):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -111,6 +115,10 @@ def small_config(config: Any, layers: Sequence[int]) -> Any:
             data[key] = min(value, _COUNTS[key])
         elif key == "rotary_dim":
             data[key] = int(small_dim * fraction)
+        elif key in _LATENT:
+            data[key] = small_dim + _LATENT[key]
+        elif key == "qk_head_dim":
+            data[key] = 2 * small_dim + _LATENT["qk_nope_head_dim"]
         elif any(word in key for word in _SIZES):
             data[key] = small_hidden if value == hidden else next(fresh)
     for key, value in data.items():
@@ -126,12 +134,23 @@ def small_config(config: Any, layers: Sequence[int]) -> Any:
     put("max_position_embeddings", 64)
     for key, values in lists.items():
         data[key] = [values[i] for i in layers]
+    _keep_dense(config, data, layers)
     rope = data.get("rope_parameters")
     if isinstance(rope, dict):
         for key, value in rope.items():
             if isinstance(value, list | tuple):
                 rope[key] = list(value)[: int(small_dim * fraction) // 2]
     return type(config).from_dict(data)
+
+
+def _keep_dense(config: Any, data: dict[str, Any], layers: Sequence[int]) -> None:
+    """Layers that are dense among mixtures of experts stay so, in place: families say which by their number."""
+    if data.get("first_k_dense_replace") is not None:
+        data["first_k_dense_replace"] = sum(layer < config.first_k_dense_replace for layer in layers)
+    if data.get("decoder_sparse_step") is not None:
+        listed, step = set(getattr(config, "mlp_only_layers", None) or ()), config.decoder_sparse_step
+        data["mlp_only_layers"] = [i for i, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
+        data["decoder_sparse_step"] = 1
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What was seen: observers of the rows that pass a site."""
 
+from qcore.calibration.coverage import Ledger, RowCount, Rows
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.observers import (
     KL,
@@ -24,10 +25,13 @@ __all__ = [
     "Ema",
     "Gram",
     "Histogram",
+    "Ledger",
     "MinMax",
     "Moments",
     "Observer",
     "Percentile",
+    "RowCount",
+    "Rows",
     "Seen",
     "Selector",
     "StreamingObserver",

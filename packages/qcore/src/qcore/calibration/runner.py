@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcore.calibration.coverage import Rows
 from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter
@@ -96,10 +97,17 @@ class BlockFeed:
     model:   everything outside the blocks has its weights; blocks may be on meta
     blocks:  in order of execution, all of one `feed`
     autocast: dtype of matrix products while calibrating, None = as the weights are
+    affinity: exponent of the row weights that taps give; 0 = every row alike
     """
 
     def __init__(
-        self, model: nn.Module, adapter: ModelAdapter, blocks: Sequence[Block], batches: Sequence[Batch], autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        autocast: torch.dtype | None = None,
+        affinity: float = 1.0,
     ) -> None:
         if not batches:
             raise CalibrationError("there are no calibration batches; pass --calib with a text file, or a data-free recipe such as w4a16-rtn")
@@ -107,6 +115,7 @@ class BlockFeed:
         if len(feeds) > 1:
             raise CalibrationError(f"blocks mix the feeds {', '.join(sorted(feeds))}; an adapter uses one for all")
         self.model, self.adapter, self.blocks, self.batches, self.autocast = model, adapter, tuple(blocks), batches, autocast
+        self.affinity = affinity
         self.rerun = feeds == {"rerun"}
         self._contexts = [adapter.context(b) for b in batches]
         self._hidden: Sequence[Tensor] = []
@@ -245,7 +254,7 @@ class BlockRunner:
         self.feed, self.index, self.module, self.keep = feed, index, module, keep
         self.block = feed.blocks[index]
         self.sites = tuple(self.block.sites if sites is None else sites)
-        self._solved: set[str] = set()
+        self._solved: set[Site] = set()
         self._final: list[str] = []  # paths of modules that need not be run again
         self._kept: dict[tuple[str, int], tuple[Any, list[int]]] = {}  # output and the versions of its tensors
         self._kept_bytes = 0
@@ -271,7 +280,7 @@ class BlockRunner:
         for site in watchers:
             if leader[site] == site:
                 with at(site):
-                    results[site] = {o.name: o.result() for o in watchers[site]}
+                    results[site] = _results(watchers[site])
         # sites that see the same tensor get the same result, the very same object
         return {site: results[leader[site]] if site in watchers else {} for site in wanted}
 
@@ -334,7 +343,7 @@ class BlockRunner:
             if site.tensor == "input":
                 return owner.register_forward_pre_hook(before, with_kwargs=True).remove
             return owner.register_forward_hook(after).remove
-        watch = _Watch(lambda x, rows, weight: see(site, x, weight, _flat, rows))
+        watch = _Watch(lambda x, rows, weight: see(site, x, _to_power(weight, self.feed.affinity), _flat, rows))
         attach(owner, site.tensor, watch, site.part)
         return lambda: detach(owner, site.tensor, watch, site.part)
 
@@ -372,13 +381,15 @@ class BlockRunner:
 
     def solved(self, sites: Sequence[Site]) -> None:
         """The weights of these sites are final: the largest modules that hold no open site are run only once from now on."""
-        self._solved |= {s.module for s in sites}
-        still_open = {s.module for s in self.sites} - self._solved
+        self._solved |= set(sites)
+        # a module may have several: a stack of experts is open until its last matrix is solved
+        still_open = {s.module for s in self.sites if s not in self._solved}
+        done = {s.module for s in self._solved} - still_open
         prefix = self.block.module
         candidates = [
             path
             for path, _ in self.module.named_modules(prefix=prefix)
-            if path != prefix and any(within(m, path) for m in self._solved) and not any(within(m, path) or within(path, m) for m in still_open)
+            if path != prefix and any(within(m, path) for m in done) and not any(within(m, path) or within(path, m) for m in still_open)
         ]
         self._final = [p for p in candidates if not any(p != q and within(p, q) for q in candidates)]
         for key in [key for key in self._kept if key[0] not in self._final]:
@@ -436,6 +447,20 @@ class BlockRunner:
             for key in [k for k in self._kept if k[1] == batch]:
                 self._kept_bytes -= _nbytes(self._kept.pop(key)[0])
         return hidden
+
+
+def _results(observers: Sequence[Observer]) -> Seen:
+    """What they saw; where rows are counted and there were none, the count alone: whoever counts decides what that means."""
+    counts = [o for o in observers if isinstance(o, Rows)]
+    if counts and not counts[0].result().rows:
+        return {counts[0].name: counts[0].result()}
+    return {o.name: o.result() for o in observers}
+
+
+def _to_power(weight: Tensor | None, exponent: float) -> Tensor | None:
+    if weight is None or exponent == 0:
+        return None
+    return weight if exponent == 1 else weight.double() ** exponent
 
 
 def _nbytes(output: Any) -> int:

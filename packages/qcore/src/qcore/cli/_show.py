@@ -91,6 +91,8 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
         bound = f" of {megabytes(plan.budget.limit)}" if plan.budget.limit is not None else ""
         computing += f", about {megabytes(plan.budget.estimate)}{bound} of memory ({how})"
     print(f"estimate: {computing}", file=out)
+    if plan.coverage:
+        print(f"experts: {_expected(plan.coverage)}", file=out)
     for note in plan.notes:
         print(f"note: {note}", file=out)
 
@@ -99,8 +101,33 @@ def show_report(report: "Report") -> None:
     table(("", "float model", report.recipe["name"]), report.lines(), title=report.model["name"], width=110)
     if report.data.get("note"):
         print(report.data["note"])
+    if "experts" in report.coverage:
+        print("rows that each expert saw:", *heat_map(report.coverage["experts"]), sep="\n  ")
     for note in report.model.get("notes", ()):
         print(f"note: {note}")
+
+
+_SHADES = "·▁▂▃▄▅▆▇█"
+
+
+def heat_map(ledger: Mapping[str, Any]) -> list[str]:
+    """One line for each stack of experts: the rows that each expert saw, as shades of the most that one saw, and the extremes in numbers."""
+    lines = []
+    for module, stack in ledger["stacks"].items():
+        own = next(iter(stack.values()))
+        most = max(own["rows"], default=0)
+        shades = "".join(_SHADES[0 if not n else 1 + (7 * n) // max(most, 1)] for n in own["rows"])
+        mended = sorted({part for tensor in stack.values() for part in tensor["instead"]}, key=int)
+        lines.append(f"{module}  {shades}  {min(own['rows'])} to {most} rows" + (f"; too few, mended: {', '.join(mended)}" if mended else ""))
+    return lines
+
+
+def _expected(coverage: Mapping[str, Any]) -> str:
+    even = coverage["rows_if_even"]
+    rows = "" if even is None else f", about {even} rows for each if routing is even"
+    data = "no calibration data is used" if not coverage["tokens"] else f"{coverage['tokens']} tokens from {coverage['from']}{rows}"
+    policy = "" if not coverage["tokens"] else f"; fewer than {coverage['minimum']}: {coverage['below']}"
+    return f"{coverage['experts']} in {coverage['stacks']} stacks; {data}{policy}"
 
 
 def scores_row(scores: Mapping[str, float]) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def plan(
     """
     from qcore.budget import parse_bytes
     from qcore.cli._show import print_json, show_plan
+    from qcore.cli.quantize import has_data
     from qcore.evaluation.data import choose_text
     from qcore.plan import make_plan
     from qcore.recipe_file import load_recipe
@@ -47,7 +48,7 @@ def plan(
     wanted = load_recipe(recipe, own, setting or ())
     loaded, chosen = open_model(model, own, adapter)
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
-    made = make_plan(loaded, wanted, chosen, own, has_data=text.calibration is not None, max_ram=limit, stream=stream)
+    made = make_plan(loaded, wanted, chosen, own, has_data=has_data(wanted, text), max_ram=limit, stream=stream)
     if as_json:
         print_json(made.to_dict())
         if made.problems:

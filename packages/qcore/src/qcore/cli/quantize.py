@@ -194,14 +194,14 @@ def run_quantize(
         job.recipe,
         job.adapter,
         job.registry,
-        has_data=job.text.calibration is not None,
+        has_data=has_data(job.recipe, job.text),
         max_ram=job.max_ram,
         stream=job.stream,
         eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
     )
     plan.require()
     with job.timed("data"):
-        batches = job.text.calibration.batches(tokenizer, job.recipe.calibration) if plan.needs_data and job.text.calibration else []
+        batches = calibration_batches(job, streamed=plan.budget is not None and plan.budget.stream, progress=progress) if plan.needs_data else []
         task = None
         if job.text.evaluation is not None:
             length = window_length(job.window, loaded.model)
@@ -211,10 +211,10 @@ def run_quantize(
     with running_into(out, content_of(job, batches), resume=job.resume) as (journal, folder):
         reference = run.reference(journal.folder / "reference")
         result, proof = run.quantized(journal, folder)
-        rows, phases, notes = list(result.sites), dict(result.seconds), list(result.notes)
+        rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
         del result
         quality, kernels = run.quality(folder, reference)
-        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder)
+        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder, ledger)
         report.write(folder / "report.json")
     return report
 
@@ -274,7 +274,7 @@ class _Run:
                 adapter=job.adapter.name,
                 companions=loaded.write_companions,
                 dtype=loaded.dtype,
-                record=record_of(job, self.batches),
+                record=record_of(job, self.batches) | {"coverage": result.coverage.to_dict()},
                 registry=job.registry,
                 values=result.values,
             )
@@ -346,6 +346,35 @@ def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def has_data(recipe: "Recipe", text: "TextPair") -> bool:
+    """Whether there will be calibration batches: a text, or a source that needs none."""
+    source = recipe.calibration.source
+    return text.calibration is not None or (source is not None and not source.needs_text())
+
+
+def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, int], None]) -> list[Any]:
+    """Windows of the calibration text, or what the recipe's source makes with the float model, which is in memory only meanwhile."""
+    from qcore.calibration.text import start_batches, to_batches
+    from qcore.errors import CalibrationError
+
+    settings, text, model = job.recipe.calibration, job.text.calibration, job.loaded.model
+    if settings.source is None:
+        return list(text.batches(job.loaded.tokenizer, settings)) if text else []
+    windows = settings.source.kept(model, settings)
+    if windows is None and streamed:
+        raise CalibrationError(
+            f"calibration source {settings.source.name!r} makes its data with the whole float model in memory, and this run is streamed; "
+            "make it once where the model fits (calibration.source.path names the file that keeps it), or use text: --set calibration.source=none"
+        )
+    if windows is None:
+        own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
+        (job.steps or Steps.real()).float_forward(job.loaded, job.adapter)
+        check_finite(model)
+        windows = settings.source.windows(model, settings, own, progress)
+        free(model)
+    return [*to_batches(windows, settings.batch), *start_batches(windows, settings.starts, settings.starts_weight, settings.seed)]
+
+
 def check_finite(model: Any) -> None:
     """SpecError that names the first weight with a NaN or an infinity; it would spoil every output, and the reference with it."""
     from qcore.errors import at
@@ -414,6 +443,7 @@ def make_report(
     proof: Any,
     kernels: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]],
     folder: Path,
+    ledger: Mapping[str, Any],
 ) -> "Report":
     """Everything that was learnt, in one record."""
     import platform
@@ -427,7 +457,7 @@ def make_report(
 
     sites = []
     for r in records:
-        kernel, refused = kernels.get(r.site.rpartition(":")[0], ("–", ()))
+        kernel, refused = kernels.get(leaf_of(r.site), ("–", ()))
         values = 1
         for n in r.shape:
             values *= n
@@ -445,8 +475,8 @@ def make_report(
         },
         recipe={"name": job.recipe.name, "overrides": list(job.overrides), "toml": dump(job.recipe)},
         data={
-            "note": job.text.note(calibrated=bool(batches)),
-            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash),
+            "note": job.text.note(calibrated=bool(batches), source=job.recipe.calibration.source.name if job.recipe.calibration.source else ""),
+            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash, job.recipe.calibration.source),
             "evaluation": _data(job.text.evaluation, [task.windows] if task is not None else [], data_hash),
         },
         size={
@@ -459,7 +489,8 @@ def make_report(
         quality=quality,
         sites=sites,
         left_float=plan.left_float,
-        coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0},
+        coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0}
+        | ({"experts": ledger} if ledger["stacks"] else {}),
         seconds={k: round(v, 3) for k, v in job.seconds.items()},
         phases={k: round(v, 3) for k, v in phases.items()},
         memory=job.meter.to_dict() if job.meter is not None else {},
@@ -473,17 +504,25 @@ def make_report(
     )
 
 
-def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str]) -> dict[str, Any] | None:
-    if text is None or not windows:
+def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str], source: Any = None) -> dict[str, Any] | None:
+    if (text is None and source is None) or not windows:
         return None
+    read = {} if text is None or (source is not None and not source.needs_text()) else {"file": text.path.name, "part": [text.start, text.stop]}
     return {
-        "file": text.path.name,
-        "part": [text.start, text.stop],
+        **read,
+        **({} if source is None else {"source": repr(source)}),
         "windows": sum(len(w) for w in windows),
         "window": windows[0].shape[1],
         "tokens": sum(w.numel() for w in windows),
         "sha256": digest(*windows),
     }
+
+
+def leaf_of(site: str) -> str:
+    """The path of the module that runs a site's weight: "layers.0.experts:up_proj[3]" runs as "layers.0.experts.up_proj.3"."""
+    module, _, own = site.partition(":")
+    name, bracket, part = own.partition("[")
+    return f"{module}.{name}.{part.removesuffix(']')}" if bracket and ":" not in part else module
 
 
 def kernels_of(model: Any) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]:

@@ -24,12 +24,18 @@ class TextPair:
     evaluation: TextFile | None
     held_out: bool = False
 
-    def note(self, *, calibrated: bool = True) -> str:
-        """One sentence for the report.  calibrated: whether the recipe looked at calibration data at all"""
+    def note(self, *, calibrated: bool = True, source: str = "") -> str:
+        """One sentence for the report.
+
+        calibrated: whether the recipe looked at calibration data at all
+        source:     what made the data with the model, "" = it was read
+        """
         test = self.evaluation.path.name if self.evaluation else None
         if self.held_out:
             test = f"the last 20 % of {test}"
         tested = f"evaluated on {test}" if test else "not evaluated: there is no evaluation text, pass --eval"
+        if source and calibrated:
+            return f"calibrated on what {source} made with the float model, {tested}"
         if self.calibration is None or not calibrated:
             return f"no calibration data was needed, {tested}"
         return f"calibrated on {'the first 80 % of ' if self.held_out else ''}{self.calibration.path.name}, {tested}"

@@ -30,6 +30,7 @@ class Layout:
     rows:     the module's input as [T, K], one row for each dot product; [P, T, K] with parts
     channels: the parameter with the channels of an axis as its last dimension, and the way back
     parts:    P
+    piece:    one part of a fused stack as [n, K], a view; None where there are no stacks
     """
 
     matrix: Callable[[Tensor], Tensor]
@@ -37,6 +38,7 @@ class Layout:
     rows: Callable[[Tensor], Tensor]
     channels: Callable[[Tensor, Axis], tuple[Tensor, Callable[[Tensor], Tensor]]]
     parts: int = 1
+    piece: Callable[[Tensor, int], Tensor] | None = None
 
 
 Predicate = Callable[[nn.Module, str], bool]
@@ -90,7 +92,7 @@ VECTOR = Layout(
     rows=_flat_rows,
     channels=_matrix_channels(0, 0),
 )
-_LINEAR = Layout(matrix=lambda w: w, tensor=lambda m, shape: m.reshape(shape), rows=_flat_rows, channels=_matrix_channels(0, 1))
+LINEAR = Layout(matrix=lambda w: w, tensor=lambda m, shape: m.reshape(shape), rows=_flat_rows, channels=_matrix_channels(0, 1))
 _TRANSPOSED = Layout(matrix=lambda w: w.T, tensor=lambda m, shape: m.T.reshape(shape), rows=_flat_rows, channels=_matrix_channels(1, 0))
 # a table of rows: what it "writes" is a row's channels, the vocabulary is its input
 _TABLE = Layout(matrix=lambda w: w, tensor=lambda m, shape: m.reshape(shape), rows=_no_rows, channels=_matrix_channels(1, 0))
@@ -98,7 +100,7 @@ _TABLE = Layout(matrix=lambda w: w, tensor=lambda m, shape: m.reshape(shape), ro
 
 @by_type.register
 def _(module: nn.Linear, name: str) -> Layout:
-    return _LINEAR
+    return LINEAR
 
 
 @by_type.register
@@ -172,7 +174,10 @@ def stack_layout(*, transposed: bool = False) -> Layout:
     def tensor(m: Tensor, shape: torch.Size) -> Tensor:
         return m.reshape(shape[0], shape[2], shape[1]).transpose(1, 2) if transposed else m.reshape(shape)
 
-    return Layout(matrix=matrix, tensor=tensor, rows=_flat_rows, channels=_matrix_channels(out, into))
+    def piece(w: Tensor, part: int) -> Tensor:
+        return w[part].T if transposed else w[part]
+
+    return Layout(matrix=matrix, tensor=tensor, rows=_flat_rows, channels=_matrix_channels(out, into), piece=piece)
 
 
 register_predicate(_is_transposed_linear, lambda module, name: _TRANSPOSED)

@@ -20,17 +20,27 @@ class Site:
               function, "h", "delta" inside a mixer: whatever the module taps
     part:     one part of a fused stack, such as one expert
     channels: a slice of the channels: x and z of Mamba's in_proj, q, k and v of a fused projection
+    role:     what rules and reports call the tensor, where that is not its name: "router" for the weight of a router, which "*:weight" does not mean
     """
 
     module: str
     tensor: str = "weight"
     part: int | None = None
     channels: tuple[range, ...] = ()
+    role: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         part = "" if self.part is None else f"[{self.part}]"
         channels = "".join(f"[{r.start}:{r.stop}]" for r in self.channels)
-        return f"{self.module}:{self.tensor}{part}{channels}"
+        return f"{self.module}:{self.role or self.tensor}{part}{channels}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What rules may call it.  Part 3 of "layers.0.experts:up_proj" is also "layers.0.experts.3.up_proj:weight", as if it were not fused."""
+        if self.part is None:
+            return (str(self),)
+        own, _, of = self.tensor.partition(".")
+        return str(self), f"{self.module}.{self.part}.{own}:{of or 'weight'}"
 
     @property
     def param(self) -> str:
@@ -40,7 +50,8 @@ class Site:
     @property
     def input(self) -> "Site":
         """What this parameter is multiplied with: the module's input, or the tap "<name>.input" for one parameter of several."""
-        return Site(self.module, "input" if self.tensor == "weight" else f"{self.tensor}.input", self.part)
+        role = f"{self.role}.input" if self.role else ""
+        return Site(self.module, "input" if self.tensor == "weight" else f"{self.tensor}.input", self.part, role=role)
 
 
 class Invariance(Flag):

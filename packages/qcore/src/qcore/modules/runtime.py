@@ -50,7 +50,9 @@ def module_name(module: nn.Module, modules: Any) -> str | None:
 
 
 def place(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` below `model`, in place; handlers of taps are attached in the order in which they are placed.
+    """Put `module` at `path` below `model`, in place, also where a parameter is (the stack of fused experts takes its name).
+
+    Handlers of taps are attached in the order in which they are placed.
 
     AttributeError where the module above it does not exist.
     """
@@ -59,4 +61,6 @@ def place(model: nn.Module, path: str, module: nn.Module) -> None:
         attach(model.get_submodule(match["owner"] or ""), tensor.replace("/", "."), module, int(part) if part else None)  # type: ignore[arg-type]
         return
     parent, _, own = path.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    owner = model.get_submodule(parent)
+    owner._parameters.pop(own, None)
+    setattr(owner, own, module)

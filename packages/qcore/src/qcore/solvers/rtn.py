@@ -1,6 +1,6 @@
 """Round to nearest: every weight on its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,12 @@ from qcore.errors import CalibrationError
 from qcore.numbers import QTensor, QuantSpec, quantize
 from qcore.numbers.tensor import require_finite
 from qcore.solvers.scales import Lattice, ScaleSearch, choose_all, per_row
+
+
+def nearest_like(solver: object) -> "RTN":
+    """Rounding to nearest without data, with the options of another solver's scale search: for weights whose inputs were never seen."""
+    options = {f.name: getattr(solver, f.name) for f in fields(ScaleSearch)} if isinstance(solver, ScaleSearch) else {}
+    return RTN(**options)
 
 
 @dataclass(frozen=True, kw_only=True)

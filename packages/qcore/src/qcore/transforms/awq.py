@@ -1,7 +1,7 @@
 """AWQ's scales: enlarge the weights whose inputs are large, so that rounding hurts them less."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from qcore.model.topology import Link, Port, Site, Topology
 from qcore.numbers import QuantSpec, fake_quantize
 from qcore.transforms.base import Transform
 from qcore.transforms.benefit import gram_error
-from qcore.transforms.channels import input_channels, inputs_of, seen_at, site_matrix, specs_of
+from qcore.transforms.channels import input_channels, inputs_of, seen_at, site_matrix, specs_of, was_seen
 from qcore.transforms.rewrite import Rewrite, Scale, cut_ties, owner_of, repeat_channels, scale_link
 from qcore.transforms.smooth import input_links
 
@@ -58,10 +58,21 @@ class AWQScale(Transform):
         return cut_ties(rewrite, model, topology.ties)
 
     def search(self, link: Link, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Tensor:
-        """The s of the best α.  [C] float64"""
-        inputs = [input_channels(link, p, seen_at(site, Moments.name, seen).mean_abs, reader, model) for site, p in inputs_of(link, specs).items()]
+        """The s of the best α; 1 where nothing was seen, which only an expert may.  [C] float64"""
+        inputs = [
+            input_channels(link, replace(p, part=site.part), seen_at(site, Moments.name, seen).mean_abs, reader, model)
+            for site, p in inputs_of(link, specs).items()
+            if was_seen(site, Moments.name, seen)
+        ]
+        if not inputs:
+            return torch.ones(link.size, dtype=torch.float64)
         mean = torch.stack(inputs).mean(0)
-        readers = [_Reader(link, p, site, spec, seen, model, reader) for p in link.reads for site, spec in specs_of(p, specs).items()]
+        readers = [
+            _Reader(link, p, site, spec, seen, model, reader)
+            for p in link.reads
+            for site, spec in specs_of(p, specs).items()
+            if was_seen(site.input, Gram.name, seen)
+        ]
         best, least = torch.ones_like(mean), float("inf")
         for step in range(self.grid):
             s = (mean ** (step / self.grid)).clamp(min=1e-4)
@@ -80,10 +91,15 @@ class _Reader:
     ) -> None:
         self.link, self.port, self.site, self.spec = link, port, site, spec
         self.owner = owner_of(model, port.param)
-        w = reader[port.param].float()
-        self.ones = torch.ones_like(w)
-        self.matrix = site_matrix(site, w, self.owner)
         self.gram = seen_at(site.input, Gram.name, seen)
+        w = reader[port.param]
+        if site.part is not None:
+            # one expert, as a stack of its own: the search would spread a scale over all of them at every step
+            w = w[site.part : site.part + 1]
+            self.site, self.port = replace(site, part=0), replace(port, part=None)
+        w = w.float()
+        self.ones = torch.ones_like(w)
+        self.matrix = site_matrix(self.site, w, self.owner)
 
     def error(self, s: Tensor) -> float:
         edit = Scale(self.port, repeat_channels(s, self.link, self.port))

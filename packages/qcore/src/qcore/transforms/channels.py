@@ -47,6 +47,11 @@ def seen_at(site: Site, observer: str, seen: Mapping[Site, Seen]) -> Any:
     return seen[site][observer]
 
 
+def was_seen(site: Site, observer: str, seen: Mapping[Site, Seen]) -> bool:
+    """False for a part of a fused stack that no row reached: the recipe's policy decides about it.  Elsewhere `seen_at` complains."""
+    return site.part is None or observer in seen.get(site, {})
+
+
 def site_matrix(site: Site, w: Tensor, module: nn.Module) -> Tensor:
     """The part of a weight that a site stands for, as a matrix.  [n, K]"""
     matrix = layout(module, site.tensor).matrix(w)

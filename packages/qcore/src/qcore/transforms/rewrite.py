@@ -208,7 +208,7 @@ class Rewrite:
         if not edits:
             return w
         own = self._own(name, module)
-        value = w.double()
+        value = _own_double(w)
         for edit in edits:
             value = _apply(edit, value, module, own)
         return value
@@ -219,7 +219,7 @@ class Rewrite:
         SpecError where an edit put a value in the parameter's place: that has no inverse.
         """
         own = self._own(name, module)
-        value = w.double()
+        value = _own_double(w)
         for edit in reversed(self.edits.get(name, ())):
             if isinstance(edit, Put):
                 raise SpecError(f"{name} was replaced as a whole; there is no way back to the original")
@@ -335,10 +335,18 @@ def _on_channels(edit: Edit, value: Tensor, module: nn.Module, own: str, change:
     channels, back = layout(module, own).channels(value, port.axis)
     if port.part is None:
         return back(_on_slices(port, channels, change))
-    # parts lie first in every fused stack, whatever the channel axis
-    parts = list(channels.unbind(0))
-    parts[port.part] = _on_slices(port, parts[port.part], change)
-    return back(torch.stack(parts))
+    # parts lie first in every fused stack, whatever the channel axis; `channels` is a view of `value`, which nobody else holds: a copy of the
+    # stack for each of its parts would cost the square of their number
+    changed = _on_slices(port, channels[port.part], change)
+    if changed.shape == channels.shape[1:]:
+        channels[port.part] = changed
+        return back(channels)
+    raise SpecError(f"{port}: one part of a stack cannot change its size; the others keep theirs")
+
+
+def _own_double(w: Tensor) -> Tensor:
+    """`w` in float64, in memory of its own."""
+    return w.clone() if w.dtype is torch.float64 else w.double()
 
 
 def _on_slices(port: Port, channels: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
