@@ -208,10 +208,7 @@ def test_transformers_own_loader_opens_the_checkpoint(tmp_path):
         out = tmp_path / family
         save(result.model, out, adapter="decoder-lm", registry=load_registry(), companions=model_of(family).config.save_pretrained)
         again = AutoModelForCausalLM.from_pretrained(out, variant="qcore", dtype=torch.float32)
-        stored = result.model.state_dict()
-        assert all(torch.equal(t, stored[n]) for n, t in again.state_dict().items())
-        # the products themselves may be summed in another order where tensors lie at other addresses
-        torch.testing.assert_close(logits(again), logits(result.model), rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits(again), logits(result.model))
 
 
 def test_stack_and_router_are_known_by_structure():

@@ -18,10 +18,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qcore import plugins
 from qcore.checkpoint.load import bind, install, tie
 from qcore.checkpoint.manifest import Manifest
 from qcore.errors import CheckpointError
-from qcore.plugins import load_registry
 
 METHOD = "qcore"
 
@@ -45,7 +45,7 @@ class QcoreQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QcoreConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._manifest = Manifest.from_dict(quantization_config.manifest, "config.json")
-        self._registry = load_registry()
+        self._registry = plugins.load_registry()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self._manifest.require(self._registry, "this checkpoint")

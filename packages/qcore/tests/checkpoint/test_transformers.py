@@ -219,7 +219,6 @@ def test_with_the_import_transformers_loads_the_qcore_layout_bit_for_bit(tied, r
     monkeypatch.setattr("qcore.plugins.load_registry", lambda: registry)
     import qcore.hf
 
-    monkeypatch.setattr(qcore.hf, "load_registry", lambda: registry)
     qcore.hf.register()  # a second time changes nothing
     model = saved_as_qcore(registry, tmp_path / "out", dtype=torch.bfloat16, bias=True, tied=tied)
     x = helpers.tokens()
