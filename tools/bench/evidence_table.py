@@ -77,6 +77,24 @@ def _peers() -> list[str]:
     return [*lines, ""]
 
 
+def _memory(folder: Path) -> list[str]:
+    """Streamed runs against their budgets, as tools/bench/memory.py measured them."""
+    rows = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    if not rows:
+        return []
+    lines = ["## Memory", "", "Dense random bfloat16 weights of Llama shapes, quantized by the command line under `--max-ram`:"]
+    lines += ["`python tools/bench/memory.py`. Peak is the kernel's counter (VmHWM), libraries and mapped files included.", ""]
+    lines += ["| run | weights, GB | budget | estimated, GiB | peak, GiB | anonymous, GiB | seconds |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        m, gib = r["memory"], 2**30
+        figures = [r["estimate"]["estimate_bytes"] / gib, m["peak_bytes"] / gib, m["anonymous_bytes"] / gib]
+        shown = " | ".join(f"{v:.2f}" for v in figures)
+        lines.append(
+            f"| {r['cell']['name']} | {r['weights_bytes'] / 1e9:.1f} | {r['cell']['max_ram']} | {shown} | {sum(r['seconds'].values()):.0f} |"
+        )
+    return [*lines, "", "The seconds are of a machine with other work beside.", "", "![resident memory over time](memory.svg)", ""]
+
+
 def _picture(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     import matplotlib
 
@@ -111,6 +129,8 @@ def write(cells: Path) -> None:
         "code version. Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load",
         "average beside the seconds says whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
         "",
+        "More: [state-space models](ssm.md), [mixtures of experts](moe.md), [kernels](kernels.md), [selection of samples](selection.md).",
+        "",
         "![KL divergence against size](quality.svg)",
         "",
     ]
@@ -118,6 +138,7 @@ def write(cells: Path) -> None:
         lines += _table(model, own)
         if model == "smollm2-135m":
             lines += _peers()
+    lines += _memory(cells.parent / "memory")
     (cells.parent / "README.md").write_text("\n".join(lines))
     _picture(tables, cells.parent / "quality.svg")
 
