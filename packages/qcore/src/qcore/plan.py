@@ -30,6 +30,8 @@ from qcore.recipe import Recipe
 
 # matrix products of a small machine; the estimate says so
 ASSUMED_FLOPS = 5e10
+# of reading, searching scales, rounding and packing one weight, which no count of products shows: 130 to 170 ns on one core (docs/evidence/memory)
+ASSUMED_SECONDS_PER_WEIGHT = 1e-7
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """An estimate, at `ASSUMED_FLOPS`."""
-        return self.flops / ASSUMED_FLOPS
+        """An estimate, at `ASSUMED_FLOPS` and `ASSUMED_SECONDS_PER_WEIGHT`."""
+        return self.flops / ASSUMED_FLOPS + ASSUMED_SECONDS_PER_WEIGHT * sum(d.values for d in self.decisions)
 
     def require(self) -> None:
         """PlanError when anything stands against the run."""
@@ -474,7 +476,6 @@ class _Planner:
         return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream)
 
     def _flops(self, decisions: Sequence[Decision], needs_data: bool) -> float:
-        values = sum(d.values for d in decisions)
         settings = self.recipe.calibration
         tokens = settings.samples * settings.length if needs_data else 0
         # two passes of each block, the Gram matrices, and what a column-wise solver does to each matrix
@@ -482,7 +483,7 @@ class _Planner:
         seen = [(d.shape[1], tokens * share) for d, share in zip(decisions, shares, strict=True) if needs_data]
         flops = 4.0 * tokens * sum(d.values * share for d, share in zip(decisions, shares, strict=True))
         flops += sum(2.0 * k * k * rows for k, rows in seen) + sum(4.0 * d.values * d.shape[1] for d in decisions if needs_data)
-        return flops + 100.0 * values
+        return flops
 
     def _problem(self, site: Site, what: str) -> None:
         """Note a violation; those of the same wording become one line that counts its sites."""
