@@ -99,6 +99,7 @@ def quantize(
             max_ram=limit,
             stream=stream,
             resume=resume,
+            uri=model,
         )
         report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
     if as_json:
@@ -164,6 +165,7 @@ class Job:
     max_ram: int | None = None
     stream: bool = False
     resume: bool = False
+    uri: str = ""
     steps: Steps | None = None
 
     @contextmanager
@@ -396,10 +398,16 @@ def free(model: Any) -> None:
 
 def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
     """What a checkpoint's manifest says about how it was made."""
+    import torch
+
     from qcore.calibration.text import data_hash
+    from qcore.model.reader import weights_fingerprint
     from qcore.recipe_file import dump
 
     return {
+        "model": job.uri or job.loaded.name,
+        "weights": weights_fingerprint(job.loaded.reader),
+        "threads": torch.get_num_threads(),
         "recipe": job.recipe.name,
         "toml": dump(job.recipe),
         "seed": job.recipe.calibration.seed,
