@@ -60,6 +60,7 @@ def test_the_plan_says_what_will_be_done():
     made = plan(max_ram=1 << 40)
     assert made.budget is not None and not made.budget.stream and not made.problems
     assert plan(max_ram=1 << 20).problems[0].startswith("--max-ram 0.00GiB is less than this run needs")
-    between = (made.budget.footprint.streamed + made.budget.footprint.in_memory) // 2
-    streamed = plan(max_ram=between + (10 << 20))
-    assert streamed.to_dict()["memory"]["limit_bytes"] == between + (10 << 20)
+    streamed = plan(max_ram=1 << 40, stream=True)
+    assert streamed.budget is not None and streamed.budget.stream
+    said = streamed.to_dict()["memory"]
+    assert (said["streamed"], said["limit_bytes"], said["estimate_bytes"]) == (True, 1 << 40, streamed.budget.footprint.streamed)
