@@ -4,8 +4,9 @@
     python tools/bench/evidence.py --list         say which are missing, and compute nothing
     python tools/bench/evidence.py --only tiny    only cells whose name contains the word
 
-A cell is keyed by the code that makes numbers (a hash of those rooms), the recipe with its overrides, the model, the data and the seed;
-one made by other code is missing.  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model`
+A cell is keyed by the code that made its numbers, the recipe with its overrides, the model, the data and the seed; one made by other code
+is missing.  The code of a cell is the files of the rooms that make numbers which its own process had loaded, and it names them: a new solver
+in a file of its own leaves the cells of the others as they are.  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model`
 alone; the load average beside them says whether the machine was quiet.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,22 +77,37 @@ def matrix() -> list[Cell]:
     return cells
 
 
-def code_version() -> str:
-    """A hash of the source that decides the numbers."""
+def code_files(recipe: str) -> list[str]:
+    """Files of the rooms that decide numbers which this process has loaded, and the file of the recipe, relative to the root."""
+    inside = tuple((ROOT / room).as_posix() for room in ROOMS)
+    loaded = {Path(m.__file__).as_posix() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    files = [Path(f).relative_to(ROOT).as_posix() for f in loaded if f.startswith(inside)]
+    files += [f.relative_to(ROOT).as_posix() for f in ROOT.glob(f"packages/*/src/*/recipes/{recipe}.toml")]
+    return sorted(files)
+
+
+def code_hash(files: list[str]) -> str:
+    """A hash of these files; one that is gone counts as changed."""
     h = hashlib.sha256()
-    for room in ROOMS:
-        path = ROOT / room
-        for file in sorted([*path.rglob("*.py"), *path.rglob("*.toml")]) if path.is_dir() else [path]:
-            h.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    for name in files:
+        file = ROOT / name
+        h.update(name.encode() + (file.read_bytes() if file.exists() else b""))
     return h.hexdigest()[:12]
 
 
-def missing(cells: list[Cell], code: str) -> list[Cell]:
-    def there(cell: Cell) -> bool:
+def fresh(kept: dict[str, Any]) -> bool:
+    """Whether the code that made a cell is the code that is here."""
+    return bool(kept.get("files")) and kept["code"] == code_hash(kept["files"])
+
+
+def missing(cells: Sequence[Any]) -> list[Any]:
+    """The cells (dataclasses with a `file`) that nothing was measured for, or by other code, or with other settings."""
+
+    def there(cell: Any) -> bool:
         if not cell.file.exists():
             return False
         kept = json.loads(cell.file.read_text())
-        return kept["code"] == code and kept["cell"] == json.loads(json.dumps(asdict(cell)))
+        return fresh(kept) and kept["cell"] == json.loads(json.dumps(asdict(cell)))
 
     return [c for c in cells if not there(c)]
 
@@ -141,7 +158,10 @@ def measure(cell: Cell) -> dict[str, Any]:
         serve_in(model, compute_dtype(loaded.dtype))  # what is measured is the quantization, not another rounding of sums
         scores = task.evaluate(lambda batch: adapter.outputs(model, batch), reference)
     weights = sum(r.shape[0] * r.shape[1] for r in q.sites)
+    files = code_files(cell.recipe)
     return {
+        "code": code_hash(files),
+        "files": files,
         "scores": scores,
         "bits": sum(8 * r.nbytes for r in q.sites) / weights,
         "seconds": round(seconds, 1),
@@ -167,9 +187,8 @@ def main() -> int:
         cell = Cell(**{**data, "overrides": tuple(data["overrides"])})
         print(json.dumps(measure(cell)))
         return 0
-    code = code_version()
-    todo = [c for c in missing(matrix(), code) if a.only in c.name]
-    print(f"code {code}: {len(todo)} of {len(matrix())} cells are missing", file=sys.stderr)
+    todo = [c for c in missing(matrix()) if a.only in c.name]
+    print(f"{len(todo)} of {len(matrix())} cells are missing", file=sys.stderr)
     if a.list:
         print("\n".join(c.name for c in todo))
         return 0
@@ -181,7 +200,7 @@ def main() -> int:
             print(f"{cell.name}: failed\n{run.stderr[-2000:]}", file=sys.stderr)
             failed += 1
             continue
-        result = {"code": code, "cell": asdict(cell), **json.loads(run.stdout.splitlines()[-1])}
+        result = {"cell": asdict(cell), **json.loads(run.stdout.splitlines()[-1])}
         cell.file.parent.mkdir(parents=True, exist_ok=True)
         part = cell.file.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import evidence
-from evidence import CACHE, ROOT, code_version, missing
+from evidence import CACHE, ROOT, code_files, code_hash, missing
 
 SEEDS = 5
 PAGE = ROOT / "docs" / "evidence" / "moe.md"
@@ -195,15 +195,17 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
     a = parser.parse_args()
-    cells, code = matrix(), code_version()
-    todo = [] if a.table else [c for c in missing(cells, code) if a.only in c.name]
-    print(f"code {code}: {len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
+    cells = matrix()
+    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
+    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
     if a.list:
         print("\n".join(c.name for c in todo))
         return 0
     for cell in todo:
         started = time.perf_counter()
-        result = {"code": code, "cell": asdict(cell), **measure(cell)}
+        result = {"cell": asdict(cell), **measure(cell)}
+        files = code_files(cell.recipe)
+        result |= {"code": code_hash(files), "files": files}
         cell.file.parent.mkdir(parents=True, exist_ok=True)
         part = cell.file.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

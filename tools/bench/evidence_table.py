@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from evidence import fresh
+
 # measured with tools/bench/peers on the same text, model and machine size in November 2026: KL, top-1, perplexity, seconds, peak GB
 PEERS = Path(__file__).with_name("peers") / "measured.json"
 
@@ -31,7 +33,7 @@ def _rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "load": max(c["load_average"] for c in group),
                 "peak": max((c["memory"]["peak_bytes"] or 0) for c in group) / 1e9,
                 "seeds": len(group),
-                "codes": {c["code"] for c in group},
+                "fresh": all(fresh(c) for c in group),
             }
         )
     order = {"rtn": 0, "rtn-clip": 1, "awq": 2, "gptq": 3}
@@ -53,17 +55,14 @@ def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
         "| | bits | KL to float | ± s.e. | over seeds | top-1 | perplexity | seconds | load | peak GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    from evidence import code_version  # the script beside this one
-
-    newest = code_version()
     for r in _rows(cells):
         seeds = f"± {r['spread']:.4f} ({r['seeds']})" if r["spread"] is not None else "–"
-        label = r["label"] + ("" if r["codes"] == {newest} else " †")
+        label = r["label"] + ("" if r["fresh"] else " †")
         lines.append(
             f"| {label} | {r['bits']:.3f} | {r['kl']:.4f} | {r['error']:.4f} | {seeds} | {r['top1']:.3f} "
             f"| {r['perplexity']:.2f} | {r['seconds']:.1f} | {r['load']:.1f} | {r['peak']:.2f} |"
         )
-    older = any(r["codes"] != {newest} for r in _rows(cells))
+    older = not all(r["fresh"] for r in _rows(cells))
     return [*lines, "", *(["† made by older code; `make evidence` computes it anew.", ""] if older else [])]
 
 
