@@ -31,9 +31,9 @@ def qcore_transforms():
 
 @hookimpl
 def qcore_solvers():
-    from qcore.solvers import GPTQ, GPTVQ, RTN
+    from qcore.solvers import GPTQ, GPTVQ, HQQ, RTN
 
-    return [RTN, GPTQ, GPTVQ]
+    return [RTN, HQQ, GPTQ, GPTVQ]
 
 
 @hookimpl
