@@ -42,9 +42,8 @@ class HQQ(ScaleSearch):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.power <= 1 or self.beta <= 0 or self.kappa < 1 or self.iterations < 1:
-            raise SpecError(
-                f"HQQ wants power in (0, 1], beta > 0, kappa >= 1 and at least one iteration, got {self.power}, {self.beta}, {self.kappa}, {self.iterations}"
-            )
+            got = f"{self.power}, {self.beta}, {self.kappa}, {self.iterations}"
+            raise SpecError(f"HQQ wants power in (0, 1], beta > 0, kappa >= 1 and at least one iteration, got {got}")
 
     @property
     def observes(self) -> tuple[Observer, ...]:
