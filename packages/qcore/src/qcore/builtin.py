@@ -37,6 +37,13 @@ def qcore_solvers():
 
 
 @hookimpl
+def qcore_block_solvers():
+    from qcore.solvers import AdaRound, LearnedClipping, SignRound
+
+    return [SignRound, AdaRound, LearnedClipping]
+
+
+@hookimpl
 def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding

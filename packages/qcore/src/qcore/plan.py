@@ -222,7 +222,7 @@ class _Planner:
         uses = self._transforms()
         allocator = self.recipe.allocator
         solvers = [self._solver(s) for s in self.sites if s in self.specs] + list(allocator.solvers if allocator else ())
-        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static)
+        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static) or self.recipe.block_solver is not None
         if allocator is not None:
             self.notes.append(f"allocator {allocator.name!r} chooses spec and solver when it has read the weights; sizes are those of the rules")
         if needs_data and not self.has_data:
@@ -280,6 +280,8 @@ class _Planner:
         except QcoreError as e:
             self._problem(site, str(e))
             return None
+        if self.recipe.block_solver is not None and (why := self.recipe.block_solver.refuses(spec)):
+            self._problem(site, f"{why}; leave out `block_solver`, or store integers")
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None

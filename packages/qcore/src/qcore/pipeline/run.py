@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcore.budget import return_freed_memory
 from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
@@ -24,6 +24,7 @@ from qcore.model.topology import Block, Site, join, within
 from qcore.modules import module_name, place, rebuild
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
+from qcore.pipeline.blocks import BlockUnderTest
 from qcore.pipeline.floats import compute_dtype
 from qcore.pipeline.record import Quantized, SiteRecord
 from qcore.pipeline.sites import SiteSolver
@@ -207,6 +208,8 @@ class _Run:
         if runner is not None and self.recipe.propagate == "float":
             outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
+        test = self._block_under_test(feed, index, module, stages)
+        all_seen: dict[Site, Seen] = {}
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
         for stage in stages:
@@ -218,6 +221,11 @@ class _Run:
                 inputs |= {site.input: self.wishes.static_parts(site.input, seen[site]) for site in stage if self.wishes.is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
+            all_seen |= seen if test is not None else {}
+        if test is not None and feed is not None:
+            with self.timed("solve"):
+                solved |= self._solve_together(test, solved, all_seen)
+            runner = BlockRunner(feed, index, module, [])  # what the other one kept is of the codes before
         round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
         if runner is not None and self.recipe.propagate == "weights":
@@ -237,6 +245,31 @@ class _Run:
         if self.stream:
             evaporate(self.model.get_submodule(block.module))
             return_freed_memory()
+
+    def _block_under_test(self, feed: BlockFeed | None, index: int, module: nn.Module, stages: Sequence[Sequence[Site]]) -> BlockUnderTest | None:
+        """The block with its float outputs, where the recipe has a block solver."""
+        if self.recipe.block_solver is None:
+            return None
+        if feed is None:
+            raise CalibrationError(f"block solver {self.recipe.block_solver.name!r} needs calibration data; pass --calib")
+        weights = {site: self.sites.matrix(site).clone() for stage in stages for site in stage}
+        return BlockUnderTest(feed, index, self.model, module, weights)
+
+    def _solve_together(
+        self, test: BlockUnderTest, solved: Mapping[Site, tuple[QTensor, SiteRecord]], seen: Mapping[Site, Seen]
+    ) -> dict[Site, tuple[QTensor, SiteRecord]]:
+        """Let the block solver improve what was found weight by weight."""
+        solver = self.recipe.block_solver
+        assert solver is not None
+        test.start = {site: q for site, (q, _) in solved.items()}
+        with at(test.feed.blocks[test.index].module or "the model"):
+            found = solver.solve_block(test)
+        better = {}
+        for site, q in found.items():
+            before = solved[site][1]
+            record = self.sites.settle(site, test.weights[site], q, seen[site], before.seconds)
+            better[site] = (q, replace(record, solver=f"{record.solver} + {solver!r}"))
+        return better
 
     def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
         """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""

@@ -42,7 +42,7 @@ class SiteSolver:
 
     def solve(self, sites: Sequence[Site], seen: Seen) -> dict[Site, tuple[QTensor, SiteRecord]]:
         """Choose the codes of weights that share their input, and let the float modules hold the values that they stand for."""
-        matrices = [self._matrix(site) for site in sites]
+        matrices = [self.matrix(site) for site in sites]
         for site, matrix in zip(sites, matrices, strict=True):
             with at(site):
                 self.wishes.spec(site).check(tuple(matrix.shape))
@@ -52,9 +52,9 @@ class SiteSolver:
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
-        return {site: (piece, self._settle(site, m, piece, seen, seconds)) for site, m, piece in zip(sites, matrices, pieces, strict=True)}
+        return {site: (piece, self.settle(site, m, piece, seen, seconds)) for site, m, piece in zip(sites, matrices, pieces, strict=True)}
 
-    def _matrix(self, site: Site) -> Tensor:
+    def matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
@@ -64,7 +64,7 @@ class SiteSolver:
         rows = rows_of(site, whole, param)
         return whole if rows is None else whole[rows]
 
-    def _settle(self, site: Site, matrix: Tensor, q: QTensor, seen: Seen, seconds: float) -> SiteRecord:
+    def settle(self, site: Site, matrix: Tensor, q: QTensor, seen: Seen, seconds: float) -> SiteRecord:
         """Put the values of the codes into the float module in place, and write down how well they do."""
         owner = leaf_at(self.model, site.module)
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)

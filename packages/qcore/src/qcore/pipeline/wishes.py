@@ -104,6 +104,10 @@ class Wishes:
     def needs_data(self, topology: Topology) -> bool:
         """Whether anything in the recipe looks at calibration data."""
         sites = [s for s in topology.sites if s in self.specs]
-        observing = any(self.solver(s).observes or self.is_static(s.input) for s in sites) or any(self.is_static(s) for s in topology.activations)
+        observing = (
+            self.recipe.block_solver is not None
+            or any(self.solver(s).observes or self.is_static(s.input) for s in sites)
+            or any(self.is_static(s) for s in topology.activations)
+        )
         block_wants = any(t.wants(topology.within(b), self.specs) for t in self.recipe.transforms if t.scope == "block" for b in topology.blocks[:1])
         return observing or block_wants
