@@ -17,9 +17,9 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Spikes
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Spikes]
 
 
 @hookimpl
@@ -41,6 +41,13 @@ def qcore_block_solvers():
     from qcore.solvers import AdaRound, LearnedClipping, SignRound
 
     return [SignRound, AdaRound, LearnedClipping]
+
+
+@hookimpl
+def qcore_allocators():
+    from qcore.solvers import Mixed
+
+    return [Mixed]
 
 
 @hookimpl

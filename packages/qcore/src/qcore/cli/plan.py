@@ -6,6 +6,7 @@ import typer
 
 from qcore.cli._options import (
     AdapterOption,
+    BitsOption,
     CalibOption,
     EvalOption,
     JsonOption,
@@ -16,6 +17,7 @@ from qcore.cli._options import (
     StreamOption,
     open_model,
     registry,
+    with_budget,
 )
 
 
@@ -25,6 +27,7 @@ def plan(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    bits: BitsOption = None,
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
@@ -45,7 +48,7 @@ def plan(
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
-    wanted = load_recipe(recipe, own, setting or ())
+    wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
     loaded, chosen = open_model(model, own, adapter)
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
     made = make_plan(loaded, wanted, chosen, own, has_data=has_data(wanted, text), max_ram=limit, stream=stream)

@@ -18,6 +18,7 @@ import typer
 
 from qcore.cli._options import (
     AdapterOption,
+    BitsOption,
     CalibOption,
     EvalOption,
     JsonOption,
@@ -32,6 +33,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     window_length,
+    with_budget,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def quantize(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    bits: BitsOption = None,
     select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
@@ -79,6 +82,7 @@ def quantize(
     meter = MemoryMeter()
     own = registry()
     overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+    overrides = with_budget(recipe, own, overrides, bits)
     wanted = load_recipe(recipe, own, overrides)
     started = time.perf_counter()
     loaded, chosen = open_model(model, own, adapter)

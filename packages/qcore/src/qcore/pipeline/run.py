@@ -26,6 +26,7 @@ from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
 from qcore.pipeline.blocks import BlockUnderTest
 from qcore.pipeline.floats import compute_dtype
+from qcore.pipeline.look import RunLook
 from qcore.pipeline.record import Quantized, SiteRecord
 from qcore.pipeline.sites import SiteSolver
 from qcore.pipeline.skeleton import Skeleton
@@ -33,8 +34,7 @@ from qcore.pipeline.views import StreamedValues, round_parameters
 from qcore.pipeline.wishes import Wishes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
-from qcore.transforms.channels import site_matrix
-from qcore.transforms.rewrite import Rewrite, owner_of, rewritten_topology
+from qcore.transforms.rewrite import Rewrite, rewritten_topology
 
 
 @torch.no_grad()
@@ -105,6 +105,7 @@ class _Run:
         self.wishes = Wishes(recipe, registry, specs, self.dtype_name)
         self.sites = SiteSolver(self.model, self.wishes)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, self.skeleton.rewrite)
+        self._float_hidden: Sequence[Tensor] | None = None  # what the float model's next block reads, for block solvers
         self.result.coverage = Ledger(recipe.calibration.minimum, recipe.calibration.below)
 
     @property
@@ -153,8 +154,8 @@ class _Run:
         if allocator is None:
             return
         sites = [s for s in self.topology.sites if s in self.wishes.specs and s.param not in self.skeleton.rewrite.dropped]
-        reader = self.skeleton.reader
-        choices = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self.skeleton.owners, s.param)))
+        look = RunLook(self.skeleton, self.wishes, self.adapter, self.batches, self._observed_blocks, self.stream)
+        choices = allocator.allocate(sites, look)
         chosen = tuple(Rule(str(site).replace("[", "[[]"), c.spec, c.solver) for site, c in choices.items())
         self.wishes.recipe = replace(self.recipe, rules=(*self.recipe.rules, *chosen))
         self.wishes.specs |= self.recipe.specs_for(choices, self.dtype_name)
@@ -253,7 +254,17 @@ class _Run:
         if feed is None:
             raise CalibrationError(f"block solver {self.recipe.block_solver.name!r} needs calibration data; pass --calib")
         weights = {site: self.sites.matrix(site).clone() for stage in stages for site in stage}
-        return BlockUnderTest(feed, index, self.model, module, weights)
+        if self.recipe.block_solver.target != "float" or feed.rerun:
+            return BlockUnderTest(feed, index, self.model, module, weights)
+        hidden = self._float_hidden
+        if hidden is None:  # at the first block both models read the same; a resumed run kept what the float model reads
+            kept = self.journal.step(f"inputs-{index:05}-float") if self.journal is not None and index else None
+            hidden = list(feed.hidden()) if kept is None else [kept[0][str(b)] for b in range(len(feed.batches))]
+        test = BlockUnderTest(feed, index, self.model, module, weights, hidden)
+        self._float_hidden = test.outputs
+        if self.journal is not None:
+            self.journal.keep_step(f"inputs-{index + 1:05}-float", {str(b): h for b, h in enumerate(test.outputs)}, {})
+        return test
 
     def _solve_together(
         self, test: BlockUnderTest, solved: Mapping[Site, tuple[QTensor, SiteRecord]], seen: Mapping[Site, Seen]
@@ -377,21 +388,23 @@ class _Run:
         return torch.bfloat16 if self.compute is torch.float32 and (wanted == "bfloat16" or native) else None
 
     def _observe_model(self, wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
-        """One pass of the float model, as rewritten so far, block by block."""
+        """One pass of the float model, as rewritten so far."""
+        return {site: own for seen in self._observed_blocks(wants) for site, own in seen.items()}
+
+    def _observed_blocks(self, wants: Mapping[Site, Sequence[Observer]]) -> Iterator[Mapping[Site, Seen]]:
+        """The same, what each block's sites saw at a time."""
         self.skeleton.settle_outside()
         feed = self._feed()
-        seen: dict[Site, Seen] = {}
         for index, block in enumerate(self.topology.blocks):
             self.progress("observe", index, len(self.topology.blocks))
             self.skeleton.install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.skeleton.reader, self.compute)
             runner = BlockRunner(feed, index, module, keep=self.keep)
-            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
+            yield runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
-        return seen
 
     def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None

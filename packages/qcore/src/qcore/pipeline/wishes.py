@@ -60,7 +60,11 @@ class Wishes:
 
     def packing(self, site: Site, shape: tuple[int, ...]) -> Any:
         """The layout in which a weight's codes are kept: the first that can."""
-        return first_that_accepts(self._packings(site), self.spec(site), shape, self.reads(site))
+        return self.packing_for(site, self.spec(site), shape)
+
+    def packing_for(self, site: Site, spec: QuantSpec, shape: tuple[int, ...]) -> Any:
+        """That of a weight if it had this spec."""
+        return first_that_accepts(self._packings(site), spec, shape, self.reads(site))
 
     def stages(self, block: Block, rewrite: Rewrite) -> list[list[Site]]:
         """The block's stages, without sites that stay float; a weight that was split stands there as its parts."""

@@ -1,7 +1,7 @@
 """What a solver is: it chooses codes for one matrix, or for all of a block.  It never sees a module, a file layout or a device name."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class BlockView(Protocol):
     def shares(self) -> Sequence[float]: ...
 
     def target(self, batch: int) -> Tensor:
-        """What the block puts out with its float weights; padding is left out.  [rows, C]"""
+        """What the float block puts out, in the sense of `BlockSolver.target`; padding is left out.  [rows, C]"""
 
     def run(self, batch: int, matrices: Mapping[Site, Tensor]) -> Tensor:
         """What it puts out with these matrices [N, K] in the place of its weights; differentiable in them.  [rows, C]"""
@@ -59,10 +59,13 @@ class BlockView(Protocol):
 class BlockSolver(Protocol):
     """Improves the codes of all weights of a block together, by what comes out of the block, once each weight has been solved on its own.
 
-    name: lower case
+    name:   lower case
+    target: "float": what the block puts out in the float model, so that errors of the blocks before are made good too; "same": what the float block
+            puts out for the very inputs that the quantized one reads
     """
 
     name: ClassVar[str]
+    target: Literal["float", "same"] = "same"
 
     def refuses(self, spec: QuantSpec) -> str | None:
         """Why it cannot work on weights that are stored so, or None; they keep the codes that they have."""

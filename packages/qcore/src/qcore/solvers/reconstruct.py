@@ -14,7 +14,7 @@ better than the start, the start stays.  So no block gets worse on the calibrati
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,15 +72,19 @@ class Reconstruction(BlockSolver):
     steps: of the optimizer; each sees one calibration batch, and those of single tokens (sequence starts) besides
     lr:    its step size, falling linearly to zero
     seed:  of the order of batches
+    target: as `BlockSolver.target`
     """
 
     steps: int = 200
     lr: float = 0.01
     seed: int = 0
+    target: Literal["float", "same"] = "float"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0:
             raise SpecError(f"learning wants at least one step and a positive lr, got steps={self.steps}, lr={self.lr}")
+        if self.target not in ("float", "same"):
+            raise SpecError(f"target is float or same, got {self.target!r}")
 
     def refuses(self, spec: QuantSpec) -> str | None:
         fmt = spec.format
