@@ -24,9 +24,9 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, LowRank, Reorder, SmoothQuant, SplitColumns
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
+    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, LowRank, IfBeneficial]
 
 
 @hookimpl

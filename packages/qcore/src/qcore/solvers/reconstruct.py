@@ -172,12 +172,13 @@ class SignRound(Reconstruction):
     Source: https://arxiv.org/abs/2309.05516 (AutoRound).  Differs: it starts from the codes of the weight solver (GPTQ, say), so a shift of nothing
     is that solution; scales move by a factor that leaves codes alone, in place of the two ends of the range.
 
-    lr:       0 = 1 / steps, the paper's: half a step in all
+    lr:       a weight moves by up to steps · lr / 2 steps of its grid; the paper's is 1 / steps, which lets it move by half a step
     scale_lr: step size of the scales' factors, as a fraction of lr
     """
 
     name: ClassVar[str] = "signround"
-    lr: float = 0.005
+    steps: int = 60
+    lr: float = 0.01
     scale_lr: float = 0.1
 
     def __post_init__(self) -> None:
