@@ -49,7 +49,7 @@ class Mixed(Allocator):
     limit: float | None = None
     solver: WeightSolver = field(default_factory=GPTQ)
     probe: WeightSolver = field(default_factory=RTN)
-    batches: int = 4
+    batches: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class Trial:
 
     specs: tuple[QuantSpec, ...]
     probe: WeightSolver
-    batches: int = 4
+    batches: int = 2
     seed: int = 0
     pruned: float = 0.5
 
