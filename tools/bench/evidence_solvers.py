@@ -91,8 +91,8 @@ def page(cells: Sequence[Cell]) -> str:
         "",
         "`python tools/bench/evidence_solvers.py` made this page; one JSON file a cell lies in `cells/`.",
         "KL is to the float model, over the whole vocabulary, on text that was held out of calibration. Bits are packed bytes, scales and books",
-        "included. Means over seeds (of the calibration windows), ± their standard deviation; one seed where there is no ±. Seconds are of one core of",
-        "a machine with other work beside: orders of magnitude. A † marks cells of older code.",
+        "included. Means over seeds (of the calibration windows), ± their standard deviation; one seed where there is no ±. Seconds are of one core",
+        "of a machine with other work beside: orders of magnitude. A † marks cells of older code.",
         "",
     ]
     for bits in (2, 3):

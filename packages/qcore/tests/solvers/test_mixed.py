@@ -232,3 +232,18 @@ def test_the_recipe_survives_its_file(registry):
     custom = recipe(Mixed(candidates=(Candidate(spec=QuantSpec(format=FP4_E2M1, granularity=PerGroup(32)), solver=RTN()), CANDIDATES[0])))
     assert parse_recipe(dump(custom), registry, "recipe") == custom
     assert own.allocator.solver == GPTQ()
+
+
+def test_bits_on_the_command_line_are_the_allocators_budget(registry):
+    from qcore.cli._options import with_budget
+
+    assert with_budget("mixed", registry, ("calibration.seed=1",), 3.25) == ("calibration.seed=1", "allocator.bits=3.25")
+    assert with_budget("w4a16-gptq", registry, (), None) == ()
+    with pytest.raises(SpecError, match=r"no allocator with a budget; take --recipe mixed"):
+        with_budget("w4a16-gptq", registry, (), 3.25)
+
+
+def test_a_streamed_run_refuses_metrics_of_the_whole_model_in_its_plan(registry):
+    for metric, refused in (("kl", True), ("output", False)):
+        plan = make_plan(load_in_memory(tiny_decoder()), recipe(replace(DATA_FREE, metric=metric)), TinyDecoderAdapter(), registry, stream=True)
+        assert any("runs the whole float model in memory" in p for p in plan.problems) == refused

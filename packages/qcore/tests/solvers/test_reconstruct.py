@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from qcore.checkpoint.journal import Journal
 from qcore.errors import CalibrationError, PlanError, SpecError
 from qcore.model.plain import PlainCNN, PlainMLP
 from qcore.model.topology import Site
@@ -9,6 +10,7 @@ from qcore.numbers import FP4_E2M1, Int, Offset, PerGroup, QuantSpec, int_weight
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
+from qcore.processes import Alone
 from qcore.recipe import Recipe, Rule
 from qcore.recipe_file import dump, parse_recipe
 from qcore.solvers import GPTQ, RTN, AdaRound, LearnedClipping, SignRound
@@ -140,3 +142,48 @@ def test_a_block_solver_wants_data_and_a_plan_says_what_it_refuses(registry):
 def test_recipes_with_block_solvers_survive_their_files(registry):
     own = parse_recipe(dump(recipe(SignRound(steps=7), name="r")), registry, "r")
     assert own.block_solver == SignRound(steps=7)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_a_killed_run_goes_on_towards_the_same_float_outputs(stream, registry, tmp_path):
+    """What the float model's next block reads is in the journal."""
+
+    def run(folder, die_at=None):
+        def progress(phase, done, total):
+            if phase == "block" and done == die_at:
+                raise Killed
+
+        made = recipe(SignRound(steps=10, lr=0.05), propagate="weights")
+        inputs = [tokens(seed=i) for i in range(2)]
+        done = quantize_model(
+            load_in_memory(tiny_decoder()),
+            made,
+            inputs,
+            registry=registry,
+            adapter=TinyDecoderAdapter(),
+            progress=progress,
+            journal=Journal(folder, {}),
+            stream=stream,
+        )
+        values = done.values
+        return dict(done.model.state_dict()) if values is None else {n: values[n] for n in values.names()}
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", die_at=1)
+    again = run(tmp_path / "killed")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_several_processes_are_told_that_a_block_solver_wants_one(registry):
+    class Two(Alone):
+        count = 2
+
+    with pytest.raises(CalibrationError, match="start one process"):
+        quantize_model(
+            load_in_memory(tiny_mlp()), recipe(SignRound()), [torch.randn(4, 16)] * 2, registry=registry, adapter=PlainMLP(), processes=Two()
+        )
