@@ -3,7 +3,7 @@
     python tools/bench/evidence_solvers.py                compute the cells that are missing, then docs/evidence/solvers.md
     python tools/bench/evidence_solvers.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_solvers.py --only w2      only cells whose name contains the word
-    python tools/bench/evidence_solvers.py --most 3       the first three of them: a cell takes 5 s to 4 minutes on one core
+    python tools/bench/evidence_solvers.py --minutes 3    as many as begin within that time: a cell takes 5 s to 4 minutes on one core
     python tools/bench/evidence_solvers.py --table        write the page from the cells that are there
 
 As `evidence.py`: the same key, the same measurement (quantize, save, load again, compare with the float model), all in one process.  tiny-llama: 64
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say which cells are missing")
     parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--most", type=int, default=1000, help="compute no more cells than this")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so long")
     a = parser.parse_args()
     cells = matrix()
     todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
@@ -153,8 +153,11 @@ def main() -> int:
     if a.list:
         print("\n".join(c.name for c in todo))
         return 0
-    for cell in todo[: a.most]:
+    begun = time.perf_counter()
+    for cell in todo:
         started = time.perf_counter()
+        if started - begun > 60 * a.minutes:
+            break
         result = {"cell": asdict(cell), **evidence.measure(cell)}
         files = code_files(cell.recipe)
         result |= {"code": code_hash(files), "files": files}

@@ -36,6 +36,8 @@ def rows_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 def leaves(result) -> list[Tensor]:
+    if isinstance(result, float):
+        return [torch.tensor(result, dtype=torch.float64)]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
