@@ -2,15 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from qcore.calibration.observer import Seen
 from qcore.calibration.runner import BlockFeed
+from qcore.checkpoint.journal import Journal
+from qcore.errors import CalibrationError, at
 from qcore.model.layers import layout
 from qcore.model.topology import Site
 from qcore.numbers import QTensor
+from qcore.pipeline.record import SiteRecord, relative_error
+from qcore.pipeline.sites import SiteSolver, Solution
 from qcore.pipeline.views import leaf_at, rows_of
+from qcore.solvers.base import BlockSolver
 
 
 class BlockUnderTest:
@@ -38,6 +45,45 @@ class BlockUnderTest:
     def run(self, batch: int, matrices: Mapping[Site, Tensor]) -> Tensor:
         with in_place(self.model, matrices):
             return self.feed.rows(self.feed.forward(self.index, batch, self.module), batch)
+
+
+class BlockStep:
+    """The step of a run that a block solver does, block after block; keeps what the float model's next block reads."""
+
+    def __init__(self, solver: BlockSolver, model: nn.Module, sites: SiteSolver, journal: Journal | None) -> None:
+        self.solver, self.model, self.sites, self.journal = solver, model, sites, journal
+        self._hidden: Sequence[Tensor] | None = None
+
+    def begin(self, feed: BlockFeed | None, index: int, module: nn.Module, sites: Sequence[Site]) -> BlockUnderTest:
+        """The block with its float outputs; before any of its weights is solved."""
+        if feed is None:
+            raise CalibrationError(f"block solver {self.solver.name!r} needs calibration data; pass --calib")
+        weights = {site: self.sites.matrix(site).clone() for site in sites}
+        if self.solver.target != "float" or feed.rerun:
+            return BlockUnderTest(feed, index, self.model, module, weights)
+        hidden = self._hidden
+        if hidden is None:  # at the first block both models read the same; a resumed run kept what the float model reads
+            kept = self.journal.step(f"inputs-{index:05}-float") if self.journal is not None and index else None
+            hidden = list(feed.hidden()) if kept is None else [kept[0][str(b)] for b in range(len(feed.batches))]
+        test = BlockUnderTest(feed, index, self.model, module, weights, hidden)
+        self._hidden = test.outputs
+        if self.journal is not None:
+            self.journal.keep_step(f"inputs-{index + 1:05}-float", {str(b): h for b, h in enumerate(test.outputs)}, {})
+        return test
+
+    def improve(
+        self, test: BlockUnderTest, solved: Mapping[Site, tuple[QTensor, SiteRecord]], seen: Mapping[Site, Seen]
+    ) -> dict[Site, tuple[QTensor, SiteRecord]]:
+        """What the block solver betters of what was found weight by weight."""
+        test.start = {site: q for site, (q, _) in solved.items()}
+        with at(test.feed.blocks[test.index].module or "the model"):
+            found = self.solver.solve_block(test)
+        better = {}
+        for site, q in found.items():
+            error, of = relative_error(test.weights[site], q.dequantize().to(test.weights[site].dtype), seen[site].get("gram"))
+            record = self.sites.settle(site, Solution(q, error, of, solved[site][1].seconds))
+            better[site] = (q, replace(record, solver=f"{record.solver} + {self.solver!r}"))
+        return better
 
 
 @contextmanager

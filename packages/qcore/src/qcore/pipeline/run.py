@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcore.budget import return_freed_memory
 from qcore.calibration.coverage import Ledger, Rows, filled_up, share_inputs
@@ -24,10 +24,10 @@ from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules import module_name, place, rebuild
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
-from qcore.pipeline.blocks import BlockUnderTest
+from qcore.pipeline.blocks import BlockStep
 from qcore.pipeline.floats import compute_dtype
 from qcore.pipeline.look import RunLook
-from qcore.pipeline.record import Quantized, SiteRecord, relative_error
+from qcore.pipeline.record import Quantized, SiteRecord
 from qcore.pipeline.sites import SiteSolver, Solution, shared_out
 from qcore.pipeline.skeleton import Skeleton
 from qcore.pipeline.views import StreamedValues, round_parameters
@@ -120,7 +120,7 @@ class _Run:
         self.wishes = Wishes(recipe, registry, specs, self.dtype_name)
         self.sites = SiteSolver(self.model, self.wishes)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, self.skeleton.rewrite)
-        self._float_hidden: Sequence[Tensor] | None = None  # what the float model's next block reads, for block solvers
+        self.together = None if recipe.block_solver is None else BlockStep(recipe.block_solver, self.model, self.sites, journal)
         self.result.coverage = Ledger(recipe.calibration.minimum, recipe.calibration.below)
 
     @property
@@ -224,7 +224,7 @@ class _Run:
         if runner is not None and self.recipe.propagate == "float":
             outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
-        test = self._block_under_test(feed, index, module, stages)
+        test = self.together.begin(feed, index, module, [s for stage in stages for s in stage]) if self.together is not None else None
         all_seen: dict[Site, Seen] = {}
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
@@ -237,9 +237,9 @@ class _Run:
             if runner is not None:
                 runner.solved(stage)
             all_seen |= seen if test is not None else {}
-        if test is not None and feed is not None:
+        if self.together is not None and test is not None and feed is not None:
             with self.timed("solve"):
-                solved |= self._solve_together(test, solved, all_seen)
+                solved |= self.together.improve(test, solved, all_seen)
             runner = BlockRunner(feed, index, module, [])  # what the other one kept is of the codes before
         round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
@@ -272,42 +272,6 @@ class _Run:
             found = {i: s for brought in self.processes.share(own) for i, s in brought.items()}
         solutions: dict[Site, Solution] = {site: s for i, sites in enumerate(groups) for site, s in zip(sites, found[i], strict=True)}
         return {site: (s.codes, self.sites.settle(site, s)) for site, s in solutions.items()}
-
-    def _block_under_test(self, feed: BlockFeed | None, index: int, module: nn.Module, stages: Sequence[Sequence[Site]]) -> BlockUnderTest | None:
-        """The block with its float outputs, where the recipe has a block solver."""
-        if self.recipe.block_solver is None:
-            return None
-        if feed is None:
-            raise CalibrationError(f"block solver {self.recipe.block_solver.name!r} needs calibration data; pass --calib")
-        weights = {site: self.sites.matrix(site).clone() for stage in stages for site in stage}
-        if self.recipe.block_solver.target != "float" or feed.rerun:
-            return BlockUnderTest(feed, index, self.model, module, weights)
-        hidden = self._float_hidden
-        if hidden is None:  # at the first block both models read the same; a resumed run kept what the float model reads
-            kept = self.journal.step(f"inputs-{index:05}-float") if self.journal is not None and index else None
-            hidden = list(feed.hidden()) if kept is None else [kept[0][str(b)] for b in range(len(feed.batches))]
-        test = BlockUnderTest(feed, index, self.model, module, weights, hidden)
-        self._float_hidden = test.outputs
-        if self.journal is not None:
-            self.journal.keep_step(f"inputs-{index + 1:05}-float", {str(b): h for b, h in enumerate(test.outputs)}, {})
-        return test
-
-    def _solve_together(
-        self, test: BlockUnderTest, solved: Mapping[Site, tuple[QTensor, SiteRecord]], seen: Mapping[Site, Seen]
-    ) -> dict[Site, tuple[QTensor, SiteRecord]]:
-        """Let the block solver improve what was found weight by weight."""
-        solver = self.recipe.block_solver
-        assert solver is not None
-        test.start = {site: q for site, (q, _) in solved.items()}
-        with at(test.feed.blocks[test.index].module or "the model"):
-            found = solver.solve_block(test)
-        better = {}
-        for site, q in found.items():
-            before = solved[site][1]
-            error, of = relative_error(test.weights[site], q.dequantize().to(test.weights[site].dtype), seen[site].get("gram"))
-            record = self.sites.settle(site, Solution(q, error, of, before.seconds))
-            better[site] = (q, replace(record, solver=f"{record.solver} + {solver!r}"))
-        return better
 
     def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
         """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""
