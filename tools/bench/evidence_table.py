@@ -122,7 +122,7 @@ def _faults(folder: Path) -> list[str]:
             f"Two processes against one, tiny-llama, one thread each: rounding without data gives {same} bytes; GPTQ's KL is "
             f"{kl['w4a16-gptq', 2]:.5f} against {kl['w4a16-gptq', 1]:.5f}, and {100 * data['gptq_codes_that_differ']:.1f} % of the codes differ: "
             "sums in another order tip codes over, and each tipped code moves what the later ones make up for. One of two processes killed after the "
-            f"first block: “{data['killed']['said']}”; resumed, the bytes are {again} of two processes undisturbed. `python tools/bench/processes.py`",
+            f"first block: “{data['killed']['said']}”; resumed, the bytes are {again} of two left alone. `python tools/bench/processes.py`",
             "",
         ]
     if (file := folder / "fuzz.json").is_file():
