@@ -102,7 +102,8 @@ def page(cells: Sequence[Cell]) -> str:
             for label, (*_, words) in METHODS.items()
             if ("tiny-llama", f"solvers-w{bits}-{label}") in there
         ]
-        lines += [f"## tiny-llama, {bits} bits", "", *_table([(label, words, own) for label, words, own in rows if own], base), ""]
+        if known := [row for row in rows if row[2]]:
+            lines += [f"## tiny-llama, {bits} bits", "", *_table(known, base), ""]
     uniform = [(f"uniform, w{b} GPTQ", "3 bits everywhere", there[("tiny-llama", f"solvers-w{b}-gptq")]) for b in (3,)]
     mixed = [
         (f"mixed {budget}", "2, 3, 4 or 6 bits; KL by substitution, knapsack", there[("tiny-llama", f"mixed-{budget}-kl")]) for budget in _BUDGETS
@@ -110,7 +111,8 @@ def page(cells: Sequence[Cell]) -> str:
     metrics = [(f"mixed 3.25, {m}", "the same budget by another metric", there[("tiny-llama", f"mixed-3.25-{m}")]) for m in _METRICS]
     ways = [(f"mixed 3.25, {w}", "KL, another way to choose", there[("tiny-llama", f"mixed-3.25-kl-{w}")]) for w in ("greedy", "prefix")]
     known = [row for row in (*uniform, *mixed, *metrics, *ways) if row[2]]
-    lines += ["## tiny-llama, mixed precision", "", *_table(known, there[("tiny-llama", "solvers-w3-gptq")]), ""]
+    if known:
+        lines += ["## tiny-llama, mixed precision", "", *_table(known, there[("tiny-llama", "solvers-w3-gptq")]), ""]
     if some is not None:
         lines += [f"Float perplexity of tiny-llama: {some['scores']['perplexity_reference']:.2f}.", ""]
     large = [(label.removeprefix("solvers-"), "", own) for (model, label), own in there.items() if model == "smollm2-135m" and own]
