@@ -22,7 +22,7 @@ def laid_out(drawn):
     return scores, costs, round(least + share * (most - least))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problem)
 def test_the_budget_holds_and_the_exact_allocation_is_the_best(drawn):
     scores, costs, budget = laid_out(drawn)
