@@ -12,6 +12,7 @@ from qcore.numbers import FP4_E2M1, PerGroup, QuantSpec, int_weight
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
+from qcore.processes import Alone
 from qcore.recipe import Recipe, Rule
 from qcore.recipe_file import dump, load_recipe, parse_recipe
 from qcore.solvers import GPTQ, RTN, Candidate, Mixed
@@ -126,7 +127,7 @@ def test_scores_order_layers_as_their_true_damage_does(metric, registry):
                 model[i].weight.copy_(RTN().solve(kept, int_weight(3, 8), {}).dequantize())
                 true[f"{i}:weight"] = kl(reference, model(torch.cat(inputs)))
                 model[i].weight.copy_(kept)
-            step = _Run(load_in_memory(model), recipe(DATA_FREE), inputs, registry, PlainMLP(), lambda *a: None, None, False, 1 << 30)
+            step = _Run(load_in_memory(model), recipe(DATA_FREE), inputs, registry, PlainMLP(), lambda *a: None, None, False, 1 << 30, Alone())
             look = RunLook(step.skeleton, step.wishes, step.adapter, inputs, step._observed_blocks, False)
             found = score(metric, list(step.topology.sites), look, Trial((int_weight(3, 8),), RTN(), batches=6))
         ranks = [torch.tensor([own[k] for k in true]).argsort().argsort().double() for own in (true, {str(s): v[0] for s, v in found.items()})]
