@@ -22,6 +22,7 @@ from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, join, within
 from qcore.modules import module_name, place, rebuild
+from qcore.modules.kv_cache import KVCache
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
 from qcore.pipeline.floats import compute_dtype
@@ -314,7 +315,12 @@ class _Run:
             with self.timed("observe"):
                 # a runner that has solved sites would replay the very modules that are tapped
                 seen = BlockRunner(feed, index, self.model.get_submodule(block.module), []).observe(static)
-        return {s: QuantizedTap(self.wishes.specs[s], self.wishes.static_parts(s, seen[s]) if s in static else None) for s in sites}
+        return {s: self._handler(s, self.wishes.static_parts(s, seen[s]) if s in static else None) for s in sites}
+
+    def _handler(self, site: Site, parts: Mapping[str, Tensor] | None) -> Tap:
+        spec, rule = self.wishes.specs[site], self.recipe.rule_for(site)
+        with at(site):
+            return KVCache(spec, (rule.window if rule else None) or 0, parts) if site.cached else QuantizedTap(spec, parts)
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
