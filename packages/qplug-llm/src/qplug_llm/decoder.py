@@ -62,9 +62,12 @@ class DecoderLM(ModelAdapter):
         )
 
     def prepare(self, model: nn.Module) -> None:
-        """Set the attention function and the experts function "qcore" in place, where the model's can be set."""
+        """Set the attention function and the experts function "qcore" in place, where they can be set; caches follow the policies at the taps."""
         if attention.can_be_set(model):
+            from qplug_llm.cache import watch_caches
+
             attention.register()
+            watch_caches(model)
             model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
         if experts.can_be_set(model):
             experts.register()
@@ -190,8 +193,22 @@ class _Assembly:
         if facts is not None:
             for i, kind in enumerate(self.kind_of):
                 if kind is not None and facts.blocks[kind].attention:
-                    activations += [Site(f"{self.path}.{i}.{facts.blocks[kind].attention}", t) for t in ("q", "k", "v", "p")]
+                    activations += self._inside(f"{self.path}.{i}.{facts.blocks[kind].attention}")
         return Topology(blocks, tuple(links), self._blocked(links), tuple(activations), tied_names(self.model))
+
+    def _inside(self, path: str) -> list[Site]:
+        """What the attention function taps."""
+        config = self.model.config
+        module = self.model.get_submodule(path)
+        heads, kv = config.num_attention_heads, twin.kv_heads(config)  # type: ignore[union-attr]
+        # latent attention: queries and keys are wider than values
+        dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or twin.head_dim(config)
+        return [
+            Site(path, "q", heads=heads, head_dim=dim),
+            Site(path, "k", heads=kv, head_dim=dim, cached=True),
+            Site(path, "v", heads=kv, head_dim=getattr(module, "v_head_dim", None) or dim, cached=True),
+            Site(path, "p"),
+        ]
 
     def _links(self) -> list[Link]:
         facts = self.known.facts
