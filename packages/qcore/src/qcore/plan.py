@@ -21,6 +21,7 @@ from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
+from qcore.modules.kv_cache import bytes_per_token, kv_problem
 from qcore.numbers import QuantSpec, quantize
 from qcore.numbers.granularity import Shape
 from qcore.ops.kernel import Choice, Job, choose
@@ -83,6 +84,7 @@ class Plan:
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
+    cache:         of recipes with a policy for keys and values: what is stored, and bytes of each token over all layers
     """
 
     model: str
@@ -98,6 +100,7 @@ class Plan:
     flops: float = 0.0
     budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def effective_bits(self) -> float | None:
@@ -160,6 +163,7 @@ class Plan:
             "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
+            "cache": dict(self.cache),
             "transforms": [asdict(t) for t in self.transforms],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
@@ -218,6 +222,7 @@ class _Planner:
     def plan(self) -> Plan:
         decisions = tuple(d for site in self.sites if site in self.specs and (d := self._decide(site)) is not None)
         self._check_rules()
+        cache = self._cache()
         self._check_tensors()
         uses = self._transforms()
         allocator = self.recipe.allocator
@@ -235,7 +240,7 @@ class _Planner:
             self.problems.append(
                 f"calibration.length={length} is longer than what {self.loaded.name} can see, {context} tokens; --set calibration.length={context}"
             )
-        if not decisions and not self.problems:
+        if not decisions and not any(s in self.specs for s in self.topology.activations) and not self.problems and not self.alike:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         coverage = self._coverage(needs_data)
         self._flush_alike()
@@ -263,6 +268,7 @@ class _Planner:
             flops=flops,
             budget=budget,
             coverage=coverage,
+            cache=cache,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -337,6 +343,8 @@ class _Planner:
     def _check_rules(self) -> None:
         names = [str(s) for s in self.all_sites]
         for rule in self.recipe.unmatched(self.all_sites):
+            if rule.window is not None and not any(s.cached for s in self.topology.activations):
+                continue  # the check of the cache says more
             near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
             self.problems.append(
                 f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {self.loaded.name}; sites look like {' and '.join(near)} "
@@ -354,6 +362,38 @@ class _Planner:
                 range_observer(self.specs[site], None if own is None else own.observer)
             except SpecError as e:
                 self._problem(site, str(e))
+
+    def _cache(self) -> dict[str, Any]:
+        """What the cache of keys and values will hold, and what stands against it."""
+        kept = [s for s in self.topology.activations if s.cached]
+        for rule in self.recipe.rules:
+            if rule.window is None:
+                continue
+            if not kept:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache of keys and values (window={rule.window}), and {self.loaded.name} keeps none: it is "
+                    "no decoder with attention, or its attention function cannot be set; drop the rule"
+                )
+            elif wrong := [s for s in self.all_sites if s not in kept and self.recipe.rule_for(s) is rule]:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache (window={rule.window}), but names {_names(map(str, wrong))}, which no cache keeps; "
+                    'name keys and values alone, "*:[kv]", or leave `window` out'
+                )
+        quantized = [s for s in kept if s in self.specs]
+        sound = []
+        for site in quantized:
+            if why := kv_problem(self.specs[site], site.heads, site.head_dim):
+                self._problem(site, why)
+            else:
+                sound.append(site)
+        if not sound or len(sound) < len(quantized) or not all(s.heads and s.head_dim for s in kept):
+            return {}
+        before = sum(s.heads * s.head_dim * self.itemsize for s in kept)
+        after = sum(bytes_per_token(self.specs[s], s.heads, s.head_dim) if s in self.specs else s.heads * s.head_dim * self.itemsize for s in kept)
+        policies = dict.fromkeys((s.tensor, self.specs[s], self.recipe.rule_for(s)) for s in sound)
+        said = [f"{place} {spec}" + (f", the last {rule.window} tokens float" if rule and rule.window else "") for place, spec, rule in policies]
+        self.notes.append(f"cache of keys and values: {'; '.join(said)}; {before:,} bytes per token become {after:,.0f}")
+        return {"policies": said, "bytes_per_token": {"before": before, "after": after}}
 
     @property
     def _static(self) -> list[Site]:
