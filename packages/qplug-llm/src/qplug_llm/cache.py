@@ -28,7 +28,7 @@ class QuantizedLayer(CacheLayerMixin):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self._chains = {place: chain(attention, place)[:2] for place in _PLACES}
-        self._stores = {place: KVStore(policy) for place, (_, policy) in self._chains.items()}
+        self.stores = {place: KVStore(policy) for place, (_, policy) in self._chains.items()}
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -47,8 +47,8 @@ class QuantizedLayer(CacheLayerMixin):
 
     def _add(self, place: str, x: Tensor) -> Tensor:
         before, policy = self._chains[place]
-        values, recent = self._stores[place].append(handled(before, x))
-        values, recent = self._visible(self._stores[place], values, recent, x.shape[2])
+        values, recent = self.stores[place].append(handled(before, x))
+        values, recent = self._visible(self.stores[place], values, recent, x.shape[2])
         return values if policy is None else mark(values, recent)
 
     def _visible(self, store: KVStore, values: Tensor, recent: Recent, new: int) -> tuple[Tensor, Recent]:
@@ -56,7 +56,7 @@ class QuantizedLayer(CacheLayerMixin):
         return values, recent
 
     def get_seq_length(self) -> int:
-        return self._stores["k"].length
+        return self.stores["k"].length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -66,17 +66,17 @@ class QuantizedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes that are kept from one call to the next."""
-        return sum(store.nbytes() for store in self._stores.values())
+        return sum(store.nbytes() for store in self.stores.values())
 
     def reset(self) -> None:
-        self._stores = {place: KVStore(policy) for place, (_, policy) in self._chains.items()}
+        self.stores = {place: KVStore(policy) for place, (_, policy) in self._chains.items()}
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens back; a negative number, as transformers counts.  SpecError where `is_croppable` says no."""
         if tokens_to_remove > 0:
             raise SpecError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
-        for store in self._stores.values():
+        for store in self.stores.values():
             store.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -96,7 +96,7 @@ class QuantizedLayer(CacheLayerMixin):
             self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for store in self._stores.values():
+        for store in self.stores.values():
             store.apply(fn)
 
 
