@@ -291,6 +291,12 @@ class _Planner:
         except QcoreError as e:
             self._problem(site, str(e))
             return None
+        if activation is not None and (isinstance(module, nn.Linear) or site.part is not None):
+            try:
+                activation.check((1, shape[1]))
+            except QcoreError as e:
+                self._problem(site.input, str(e))
+                return None
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcore.calibration.ranges import range_parts
 from qcore.errors import SpecError
 from qcore.modules.kv_cache import KVCache, bytes_per_token, kv_problem
 from qcore.numbers import (
@@ -22,7 +23,6 @@ from qcore.numbers import (
     int_weight,
     mx,
     nvfp4,
-    scale_parts,
 )
 from qcore.plugins.registry import Registry
 
@@ -129,14 +129,14 @@ def test_a_channel_that_stands_out_is_why_keys_are_quantized_per_channel():
     assert float((tile - x).square().mean()) < 0.5 * float((head - x).square().mean())
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1)], ids=["tensor", "channel"])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerHead(H), PerGroup(8)], ids=lambda g: g.name)
 @pytest.mark.parametrize("offset", [Offset.NONE, Offset.CODE], ids=lambda o: o.value)
 def test_static_scales_belong_to_the_policy_and_are_not_kept_again(granularity, offset):
     x, spec = sequence(), QuantSpec(format=Int(4), granularity=granularity, offset=offset)
     rows = x.transpose(1, 2).flatten(2)
     flat = rows.flatten(0, 1)
-    ends = (flat.min().reshape(1, 1), flat.max().reshape(1, 1)) if isinstance(granularity, PerTensor) else (flat.amin(0)[None], flat.amax(0)[None])
-    parts = scale_parts(ends[0].clamp(max=0), ends[1].clamp(min=0), spec)
+    ends = (flat.min(), flat.max()) if isinstance(granularity, PerTensor) else (flat.amin(0), flat.amax(0))
+    parts = range_parts(ends, spec)
     store, values = appended(KVCache(spec, 0, parts), x, [9, 14])
     assert set(store.packed) == {"codes"}
     assert torch.equal(values.transpose(1, 2).flatten(2), fake_quantize(flat, spec, parts).reshape(rows.shape))
@@ -194,7 +194,7 @@ def test_what_lies_before_a_sliding_window_can_be_let_go(name):
         (dynamic(Codebook(4), PerHead()), "integers or minifloats"),
         (dynamic(Int(4), PerTensor()), "may not wait for later tokens"),
         (QuantSpec(format=nvfp4().format, granularity=PerGroup(16), scale=nvfp4().scale, when="dynamic"), "wait for later tokens"),
-        (int_weight(4), "static scales of a cache are per tensor or per channel"),
+        (int_weight(4), "static scales of a cache are per tensor, channel"),
         (dynamic(Int(4), PerGroup(12)), "does not divide a head of 16"),
         (dynamic(Int(4), PerGroup(48)), "does not divide 2 heads of 16"),
         (dynamic(Int(4), Tile(4, 3)), "do not divide a head of 16"),

@@ -11,7 +11,7 @@ perplexity measured without a cache is that of decoding with one.
 | group (size) | `size` channels of one token, inside a head or over whole heads | KIVI's values |
 | token | all heads of one token | |
 | tile (rows, cols = 1) | `rows` tokens of one channel | KIVI's keys, https://arxiv.org/abs/2402.02750 |
-| tensor, channel (static) | everything, or all tokens of one channel; calibration finds the scale | KVQuant's keys, without its outliers |
+| tensor, channel, head, group (static) | everything, or all tokens of these channels; calibrated | KVQuant's keys, without its outliers |
 
 KIVI itself attends with floats while it reads the prompt, and its keys' window runs empty each time that a group is full; here a prompt is read as it
 would be decoded, and a window never holds less than it says.
@@ -72,8 +72,10 @@ def kv_problem(spec: QuantSpec, heads: int = 0, head_dim: int = 0) -> str | None
     if not isinstance(fmt, Int | Float):
         return f"a cache of keys and values holds integers or minifloats, got {fmt.name!r}, whose fitted numbers would change with every token"
     if spec.when == "static" and spec.scaled:
-        known = isinstance(g, PerTensor) or (isinstance(g, PerChannel) and g.axis in (1, -1))
-        return None if known else f'static scales of a cache are per tensor or per channel (axis 1), got {spec}; or when = "dynamic"'
+        if isinstance(g, PerGroup) and head_dim % g.size:
+            return f"static groups of {g.size} channels do not divide a head of {head_dim}"
+        known = isinstance(g, PerTensor | PerHead | PerGroup) or (isinstance(g, PerChannel) and g.axis in (1, -1))
+        return None if known else f'static scales of a cache are per tensor, channel (axis 1), head or group, got {spec}; or when = "dynamic"'
     if not isinstance(g, PerHead | PerToken | PerGroup | Tile):
         return f"dynamic scales here are per head, token, group or tile (tokens of a channel), not {spec}: a scale may not wait for later tokens"
     if isinstance(spec.scale, QuantSpec) and isinstance(spec.scale.granularity, PerTensor):
@@ -91,8 +93,9 @@ def _in_heads(spec: QuantSpec, heads: int, dim: int) -> QuantSpec:
     """What a spec of rows [T, H·D] says of a cache [B, H, S, D]."""
     g: Granularity = spec.granularity
     if spec.when == "static":
-        # stored scales are [1, 1, 1, 1] or [1, H, 1, D]
-        g = _OfHeads(1, 1, tokens=0) if isinstance(g, PerChannel) else g
+        # stored scales are [1, 1, 1, 1], [1, H, 1, D], [1, H, 1, 1] or [1, H, 1, D/G]
+        dims = 1 if isinstance(g, PerChannel) else g.size if isinstance(g, PerGroup) else 0
+        g = g if isinstance(g, PerTensor) else _OfHeads(1, dims, tokens=0)
     elif isinstance(g, PerHead):
         g = PerToken()
     elif isinstance(g, PerToken):
@@ -281,7 +284,7 @@ class KVCache(Tap, RuntimeModule):
     def parts_of(self, x: Tensor) -> dict[str, Tensor]:
         """Static parts as those of [B, H, S, D]; {} for dynamic ones."""
         one = isinstance(self.spec.granularity, PerTensor)
-        return {name: p.reshape((1, 1, 1, 1) if one else (1, x.shape[1], 1, x.shape[3])) for name, p in self.parts.items()}
+        return {name: p.reshape((1, 1, 1, 1) if one else (1, x.shape[1], 1, -1)) for name, p in self.parts.items()}
 
     def store(self) -> KVStore:
         """An empty one."""
