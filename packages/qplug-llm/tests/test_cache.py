@@ -17,6 +17,7 @@ from qcore.recipe import Recipe, Rule
 from qcore.solvers import RTN
 from qplug_llm.cache import QuantizedLayer, QuantizedSlidingLayer, cache_bytes
 from qplug_llm.decoder import DecoderLM
+from qplug_llm.testing import model_of
 from transformers.cache_utils import DynamicCache
 
 SMALL = {
@@ -85,18 +86,22 @@ def kl(reference, logits):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("Llama", name) for name in POLICIES] + [("Qwen3", "kivi, window"), ("Mistral", "kivi, window"), ("Mistral", "kv2"), ("Mistral", "keys alone")],
+    [("Llama", name) for name in POLICIES]
+    + [("Qwen3", "kivi, window"), ("Mistral", "kivi, window"), ("Mistral", "kv2"), ("Mistral", "keys alone"), ("Gemma2", "kivi, window")],
 )
 def test_teacher_forced_logits_equal_those_of_decoding(name, family):
-    """A Mistral with a window of attention that the text outgrows; a Qwen3 with norms on queries and keys."""
-    more = {"Mistral": {"sliding_window": 7}, "Qwen3": {"head_dim": 16}}.get(family, {})
+    """Mistral's window of attention is outgrown; Qwen3 has norms on queries and keys; Gemma 2 has both kinds of layers, and soft caps."""
+    more = {"Mistral": {"sliding_window": 7}, "Qwen3": {"head_dim": 16}, "Gemma2": {"head_dim": 16, "sliding_window": 6}}.get(family, {})
     model = with_policy(POLICIES[name], llama(family, **more))
     whole = model(ids(), use_cache=False).logits
     for cuts in ([TOKENS], [1] * TOKENS, [8, 1, 4, 2]):
         logits, cache = in_calls(model, ids(), cuts)
         # float64 sums in another order; norms and rotary embeddings pass through float32, the same in each
         torch.testing.assert_close(logits, whole, rtol=1e-6, atol=1e-9)
-        assert {type(layer) for layer in cache.layers} == {QuantizedSlidingLayer if family == "Mistral" else QuantizedLayer}
+        assert {type(layer) for layer in cache.layers} == {
+            "Mistral": {QuantizedSlidingLayer},
+            "Gemma2": {QuantizedSlidingLayer, QuantizedLayer},
+        }.get(family, {QuantizedLayer})
 
 
 def test_two_bits_change_what_is_measured_and_eight_hardly_do():
@@ -250,6 +255,15 @@ def test_static_scales_are_calibrated_and_kept(tmp_path):
     assert len(policies) == 4 and all(float(p.parts["scale"]) > 0 for p in policies)
     logits, _ = in_calls(again, ids(), [1] * TOKENS)
     torch.testing.assert_close(logits, model(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_latents_is_none_of_keys_and_values():
+    """DeepSeek caches latents, from which keys and values are made anew at every step."""
+    model = model_of("DeepseekV2")
+    assert not any(s.cached for s in DecoderLM().topology(copy.deepcopy(model)).activations)
+    recipe = Recipe(rules=(Rule("*:[kv]", per_head(4), window=0),), solver=RTN())
+    plan = make_plan(load_in_memory(copy.deepcopy(model)), recipe, DecoderLM(), load_registry(), has_data=False)
+    assert any("caches something else" in p for p in plan.problems)
 
 
 def test_a_recipe_may_quantize_the_cache_alone():

@@ -383,7 +383,7 @@ class _Planner:
             if not kept:
                 self.problems.append(
                     f"the rule {rule.sites!r} is about a cache of keys and values (window={rule.window}), and {self.loaded.name} keeps none: it is "
-                    "no decoder with attention, or its attention function cannot be set; drop the rule"
+                    "no decoder with attention, or it caches something else (latents, a state); drop the rule"
                 )
             elif wrong := [s for s in self.all_sites if s not in kept and self.recipe.rule_for(s) is rule]:
                 self.problems.append(

@@ -193,10 +193,10 @@ class _Assembly:
         if facts is not None:
             for i, kind in enumerate(self.kind_of):
                 if kind is not None and facts.blocks[kind].attention:
-                    activations += self._inside(f"{self.path}.{i}.{facts.blocks[kind].attention}")
+                    activations += self._inside(f"{self.path}.{i}.{facts.blocks[kind].attention}", facts.blocks[kind].cached)
         return Topology(blocks, tuple(links), self._blocked(links), tuple(activations), tied_names(self.model))
 
-    def _inside(self, path: str) -> list[Site]:
+    def _inside(self, path: str, cached: bool) -> list[Site]:
         """What the attention function taps."""
         config = self.model.config
         module = self.model.get_submodule(path)
@@ -205,8 +205,8 @@ class _Assembly:
         dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or twin.head_dim(config)
         return [
             Site(path, "q", heads=heads, head_dim=dim),
-            Site(path, "k", heads=kv, head_dim=dim, cached=True),
-            Site(path, "v", heads=kv, head_dim=getattr(module, "v_head_dim", None) or dim, cached=True),
+            Site(path, "k", heads=kv, head_dim=dim, cached=cached),
+            Site(path, "v", heads=kv, head_dim=getattr(module, "v_head_dim", None) or dim, cached=cached),
             Site(path, "p"),
         ]
 
