@@ -10,11 +10,13 @@ from qcore.errors import SpecError
 from qcore.model.tap import Tap, attach
 from qcore.modules.kv_cache import KVCache
 from qcore.numbers import Int, Offset, PerGroup, PerHead, PerTensor, QuantSpec, Tile, int_weight
+from qcore.ops.kv_attention import TritonKVAttention, refuses_codes
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
 from qcore.recipe import Recipe, Rule
 from qcore.solvers import RTN
+from qkernels.kv_attention.reference import kv_attention
 from qplug_llm.cache import QuantizedLayer, QuantizedSlidingLayer, cache_bytes
 from qplug_llm.decoder import DecoderLM
 from qplug_llm.testing import model_of
@@ -205,6 +207,53 @@ def test_a_cache_without_a_list_of_layers_yet_and_a_used_one_work_too():
     torch.testing.assert_close(in_calls(model, ids(), [TOKENS], cache)[0], whole, rtol=1e-6, atol=1e-9)
     cache.crop(-5)
     torch.testing.assert_close(in_calls(model, ids()[:, 10:], [5], cache)[0], whole[:, 10:], rtol=1e-6, atol=1e-9)
+
+
+# kernels that read the codes ---------------------------------------------------------------------------------------------------------------
+
+
+class FromCodes(TritonKVAttention):
+    """As the Triton kernel, with the arithmetic of its reference, which runs here."""
+
+    name = "test-from-codes"
+    calls = 0
+
+    def refuses(self, job):
+        return refuses_codes(job)
+
+    def __call__(self, x, parts, job):
+        FromCodes.calls += 1
+        return kv_attention(x, *(parts[n] for n in ("k", "k_scale", "v", "v_scale", "lengths")), bits=job.weight.format.bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_kernel_that_reads_codes_decodes_the_same_text(bits):
+    spec = QuantSpec(format=Int(bits), granularity=PerHead(), scale="float16", when="dynamic")
+    plain, fast = (with_policy(((spec, 0),) * 2, llama(dtype=torch.float32)) for _ in range(2))
+    for policy in (m for m in fast.modules() if isinstance(m, KVCache)):
+        policy.bind([FromCodes()])
+    FromCodes.calls = 0
+    expected, _ = in_calls(plain, ids(), [9] + [1] * 6)
+    logits, _ = in_calls(fast, ids(), [9] + [1] * 6)
+    assert FromCodes.calls == 2 * 6
+    # float32 sums in another order
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    padding = torch.ones(2, TOKENS, dtype=torch.long)
+    padding[0, :3] = 0
+    step = {"attention_mask": padding, "use_cache": True}
+    a, b = (m(ids()[:, -1:], past_key_values=in_calls(m, ids()[:, :-1], [TOKENS - 1])[1], **step).logits for m in (plain, fast))
+    assert FromCodes.calls == 2 * 6  # a mask is not the kernel's: codes are decoded
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_says_why_no_kernel_reads_its_codes():
+    reasons = {}
+    symmetric = QuantSpec(format=Int(4), granularity=PerHead(), when="dynamic")
+    for name, policy in {"window": KVCache(symmetric, 8), "zero point": KVCache(per_head(4)), "cpu": KVCache(symmetric)}.items():
+        choice = policy.bind([TritonKVAttention()]).explain()
+        assert choice.kernel.name == "reference-kv-attention" and policy.kernel is None
+        reasons[name] = dict(choice.refused)["triton-kv-attention"]
+    assert "window of floats" in reasons["window"] and "symmetric integers" in reasons["zero point"] and "runs on cuda" in reasons["cpu"]
 
 
 # through recipes and checkpoints ----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from qcore.model.tap import Tap, tap, tap_key
-from qcore.modules.kv_cache import KVStore, Recent, chain
+from qcore.modules.kv_cache import KVCache, KVStore, Recent, chain
 from torch import Tensor, nn
 
 NAME = "qcore"
+_MARK = "qplug_llm_recent"
 
 # (module, q, k, v, output), each of the first three [B, H, T, D], the output [B, T, H, D]
 Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]
@@ -70,13 +71,15 @@ def attention(
 
     taps = module._modules.get("taps")
     recent: tuple[Recent | None, Recent | None] = (None, None)
+    # sdpa has no logits' soft cap, no attention sinks, no probabilities to look at, and one key for all queries
+    explicit = (taps is not None and tap_key("p", None) in taps) or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # type: ignore[operator]
     if taps is not None:
         query = _tapped(module, "q", query)
+        if not explicit and attention_mask is None and (y := _from_codes(module, query, key, value, scaling)) is not None:
+            return y, None
         key, recent_key = _remembered(module, "k", key, query.shape[2])
         value, recent_value = _remembered(module, "v", value, query.shape[2])
         recent = (recent_key, recent_value)
-    # sdpa has no logits' soft cap, no attention sinks, no probabilities to look at, and one key for all queries
-    explicit = (taps is not None and tap_key("p", None) in taps) or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # type: ignore[operator]
     if explicit or any(r is not None and r.exact.shape[2] for r in recent):
         out = _explicit(module, query, key, value, attention_mask, scaling, dropout, *recent, **kwargs)
     else:
@@ -104,7 +107,7 @@ def handled(handlers: Sequence[Tap], x: Tensor) -> Tensor:
 
 def mark(values: Tensor, recent: Recent) -> Tensor:
     """The same object, `values`, which now says that it comes out of a quantized cache."""
-    values.qplug_llm_recent = recent  # type: ignore[attr-defined]
+    setattr(values, _MARK, recent)
     return values
 
 
@@ -113,10 +116,28 @@ def _remembered(module: nn.Module, name: str, x: Tensor, queries: int) -> tuple[
     before, policy, after = chain(module, name)
     if policy is None:
         return _tapped(module, name, x), None
-    recent: Recent | None = getattr(x, "qplug_llm_recent", None)
+    recent: Recent | None = getattr(x, _MARK, None)
     if recent is None:
         x, recent = KVStore(policy).append(handled(before, x), queries)
+    elif recent.store is not None:
+        x = recent.store.values(x.dtype)
     return handled(after, x), recent
+
+
+def runs_codes(key: KVCache | None, value: KVCache | None) -> bool:
+    """Whether one kernel was chosen for keys and values, of one layout, that reads their codes."""
+    return key is not None and value is not None and key.kernel is not None and type(key.kernel) is type(value.kernel) and key.spec == value.spec
+
+
+def _from_codes(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
+    """[B, 1, H, D] by the kernel that was chosen for the cache; None where the values are to be had, or handlers want to see them."""
+    recent = [getattr(x, _MARK, None) for x in (key, value)]
+    stores = [r.store for r in recent if r is not None and r.store is not None]
+    if len(stores) != 2 or _WATCHER.get() is not None or any(chain(module, place)[2] for place in "kv"):
+        return None
+    assert stores[0].policy is not None
+    q = query[:, :, 0] * (1.0 if scaling is None else scaling * query.shape[-1] ** 0.5)  # kernels divide by √D
+    return stores[0].policy.run(q, *stores).unsqueeze(1)
 
 
 def _explicit(

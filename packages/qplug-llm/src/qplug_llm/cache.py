@@ -15,7 +15,7 @@ from qcore.modules.kv_cache import KVCache, KVStore, Recent, chain
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from qplug_llm.attention import handled, mark
+from qplug_llm.attention import handled, mark, runs_codes
 
 _PLACES = ("k", "v")
 
@@ -43,11 +43,13 @@ class QuantizedLayer(CacheLayerMixin):
         """Add tokens [B, H, T, D]; returns all that are kept, [B, H, S, D], as later queries will see them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._add("k", key_states), self._add("v", value_states)
+        # a kernel for one new token reads the codes themselves
+        decode = key_states.shape[2] != 1 or self.is_sliding or not runs_codes(*(policy for _, policy in self._chains.values()))
+        return self._add("k", key_states, decode), self._add("v", value_states, decode)
 
-    def _add(self, place: str, x: Tensor) -> Tensor:
+    def _add(self, place: str, x: Tensor, decode: bool) -> Tensor:
         before, policy = self._chains[place]
-        values, recent = self.stores[place].append(handled(before, x))
+        values, recent = self.stores[place].append(handled(before, x), decode=decode)
         values, recent = self._visible(self.stores[place], values, recent, x.shape[2])
         return values if policy is None else mark(values, recent)
 
@@ -104,7 +106,7 @@ class QuantizedSlidingLayer(QuantizedLayer):
     """The same for attention that looks back over `sliding_window` tokens, its own included: what lies further back is let go."""
 
     is_sliding = True
-    is_croppable = False  # type: ignore[assignment]
+    is_croppable = False
 
     def __init__(self, attention: nn.Module, sliding_window: int) -> None:
         super().__init__(attention)
@@ -152,7 +154,7 @@ def _quantize_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return
     index = int(module.layer_idx)  # type: ignore[arg-type]
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[arg-type]
+        cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if isinstance(layer, QuantizedLayer):
         return
@@ -162,7 +164,7 @@ def _quantize_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         cache.layers[index] = QuantizedSlidingLayer(module, layer.sliding_window)
     elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         raise SpecError(
-            f"the cache holds {layer.get_seq_length()} tokens as floats, and this model's policy quantizes its cache; begin with an empty one"
+            f"the cache holds {cache.get_seq_length(index)} tokens as floats, and this model's policy quantizes its cache; begin with an empty one"
         )
     else:
         raise SpecError(

@@ -198,9 +198,9 @@ class _Assembly:
 
     def _inside(self, path: str, cached: bool) -> list[Site]:
         """What the attention function taps."""
-        config = self.model.config
+        config: Any = self.model.config
         module = self.model.get_submodule(path)
-        heads, kv = config.num_attention_heads, twin.kv_heads(config)  # type: ignore[union-attr]
+        heads, kv = config.num_attention_heads, twin.kv_heads(config)
         # latent attention: queries and keys are wider than values
         dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or twin.head_dim(config)
         return [

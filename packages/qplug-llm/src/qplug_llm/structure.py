@@ -267,7 +267,7 @@ def _cached(model: nn.Module, ids: Tensor) -> set[str]:
 
     try:
         with attention.watching(watch):
-            model(input_ids=ids, past_key_values=Telling(config=model.config), use_cache=True)
+            model(input_ids=ids, past_key_values=Telling(config=model.config), use_cache=True)  # type: ignore[arg-type]
     except Exception:  # whatever a foreign class makes of a cache: then nobody knows that it keeps these
         return set()
     return found

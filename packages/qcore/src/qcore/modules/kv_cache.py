@@ -17,7 +17,7 @@ KIVI itself attends with floats while it reads the prompt, and its keys' window 
 would be decoded, and a window never holds less than it says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -45,6 +45,8 @@ from qcore.numbers import (
     spec_to_dict,
 )
 from qcore.numbers.granularity import Granularity, Shape
+from qcore.ops.kernel import CPU, Choice, Job, Kernel, choose
+from qcore.ops.kv_attention import CODES, CODES_AND_WINDOW, ReferenceKVAttention, as_kernel_codes
 from qcore.packing import Bits
 
 _PACKING = Bits()
@@ -112,11 +114,13 @@ class Recent:
     exact:  [B, H, W, D] their floats
     start:  where they lie among the values
     coded:  for each query of the call, how many of the values it sees as codes.  [T]
+    store:  where the values are to be had; they were not decoded, since a kernel runs from the codes
     """
 
     exact: Tensor
     start: int
     coded: Tensor
+    store: "KVStore | None" = None
 
     def still_exact(self) -> Tensor:
         """Which query sees which of these tokens as floats.  [T, W] bool"""
@@ -146,10 +150,11 @@ class KVStore:
         """Tokens seen, those that are gone included."""
         return self.dropped + self.coded + (0 if self.rest is None else self.rest.shape[2])
 
-    def append(self, x: Tensor, queries: int | None = None) -> tuple[Tensor, Recent]:
+    def append(self, x: Tensor, queries: int | None = None, decode: bool = True) -> tuple[Tensor, Recent]:
         """Add tokens [B, H, T, D]; returns all values that are there, as later queries see them, [B, H, S, D] of x's dtype, and the exceptions.
 
         queries: how many of them attend now, the last ones; None = all
+        decode:  False for who runs a kernel on the codes: what comes back has the shape of the values and is NaN
         """
         rest = x if self.rest is None else torch.cat([self.rest, x], 2)
         begin, after = self.dropped + self.coded, self.length + x.shape[2]
@@ -165,6 +170,9 @@ class KVStore:
         if self._sees_codes_at_once:
             # a token is a code in its own query, and no query sees those after it
             recent = Recent(rest[:, :, :0], 0, recent.coded)
+        if not decode:
+            b, h, _, d = x.shape
+            return x.new_full((), torch.nan).expand(b, h, self.coded + self.rest.shape[2], d), replace(recent, store=self)
         return self.values(x.dtype), recent
 
     @property
@@ -244,7 +252,8 @@ class KVCache(Tap, RuntimeModule):
 
     spec:   of rows [T, H·D], as for any activation
     window: tokens at the end that are floats
-    parts:  scale and offset of a static spec, [1, 1] or [1, H·D]
+    parts:  scale and offset of a static spec, [1, 1], [1, H·D] or one for each head or group
+    shape:  (heads, head_dim), for the choice of a kernel; zeros where nobody knew
 
     It sits at the tap "k" or "v".  Handlers before it change what enters the cache (a rotation after RoPE); the attention function and the cache's
     layers ask it for stores (`qplug_llm.attention`, `qplug_llm.cache`).
@@ -252,16 +261,43 @@ class KVCache(Tap, RuntimeModule):
 
     name: ClassVar[str] = "kv-cache"
 
-    def __init__(self, spec: QuantSpec, window: int = 0, parts: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, spec: QuantSpec, window: int = 0, parts: Mapping[str, Tensor] | None = None, shape: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
         if problem := kv_problem(spec):
             raise SpecError(problem)
         if window < 0:
             raise SpecError(f"a window is a number of tokens, 0 or more, got {window}")
-        self.spec, self.window = spec, window
+        self.spec, self.window, self.shape = spec, window, shape
         self._names = tuple(parts or ())
         for name, part in (parts or {}).items():
             self.register_buffer(name, part)
+
+        self.bind([ReferenceKVAttention()])
+
+    def bind(self, kernels: Iterable[Kernel], device: torch.device = CPU, dtype: torch.dtype = torch.float32, wish: str | None = None) -> Self:
+        """Choose the best of `kernels` for one new token over this cache, in place."""
+        own = CODES_AND_WINDOW if self.window else CODES
+        self._job = Job("kv-attention", own, self.spec, self.shape, device=device, dtype=dtype)
+        self._choice = choose([*kernels, ReferenceKVAttention()], self._job, wish)
+        return self
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """What runs straight from the codes; None = they are decoded first."""
+        return None if isinstance(self._choice.kernel, ReferenceKVAttention) else self._choice.kernel
+
+    def explain(self) -> Choice:
+        """The kernel that runs, and why each better-ranked one does not."""
+        return self._choice
+
+    def run(self, q: Tensor, keys: "KVStore", values: "KVStore") -> Tensor:
+        """The chosen kernel, for one new token of each sequence.  q: [B, H, D] → [B, H, D]"""
+        parts: dict[str, Tensor] = {}
+        for place, store in (("k", keys), ("v", values)):
+            codes, scale = store.packed["codes"], store.packed["scale"]
+            parts |= {place: as_kernel_codes(codes, self.spec.format.bits), f"{place}_scale": scale.float().flatten(2)}
+        lengths = torch.full((q.shape[0],), keys.coded, dtype=torch.int32, device=q.device)
+        return self._choice.kernel(q, parts | {"lengths": lengths}, self._job)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -295,14 +331,17 @@ class KVCache(Tap, RuntimeModule):
         raise SpecError("a policy of a cache works inside the attention function of its adapter, which asks it for a store; set that function again")
 
     def config(self) -> dict[str, Any]:
-        return {"spec": spec_to_dict(self.spec), "window": self.window, "parts": table_of(self.parts)}
+        return {"spec": spec_to_dict(self.spec), "window": self.window, "shape": list(self.shape), "parts": table_of(self.parts)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], registry: Any = None) -> Self:
         window = config["window"]
         if type(window) is not int:
             raise SpecError(f"a window is a number of tokens, got {window!r}")
-        return cls(spec_from_dict(config["spec"], resolved(registry).formats), window, from_table(config["parts"]))
+        shape = config["shape"]
+        if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
+            raise SpecError(f"a cache has heads and channels, got {shape!r}")
+        return cls(spec_from_dict(config["spec"], resolved(registry).formats), window, from_table(config["parts"]), tuple(shape))
 
     def extra_repr(self) -> str:
         return f"{self.spec}, window={self.window}"

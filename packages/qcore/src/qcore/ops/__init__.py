@@ -3,10 +3,12 @@
 from qcore.ops.activation import quantize_input, static_parts
 from qcore.ops.int_linear import TorchIntLinear
 from qcore.ops.kernel import Choice, Job, Kernel, choose
+from qcore.ops.kv_attention import ReferenceKVAttention, TritonKVAttention
 from qcore.ops.linear import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 from qcore.ops.native import NativeInt8ByWish, NativeInt8Linear, NativeWeightLinear
 
-KERNELS = (NativeInt8ByWish, NativeInt8Linear, NativeWeightLinear, TorchInt8DynamicLinear, TorchIntLinear, TorchInt4Linear, ReferenceLinear)
+_LINEAR = (NativeInt8ByWish, NativeInt8Linear, NativeWeightLinear, TorchInt8DynamicLinear, TorchIntLinear, TorchInt4Linear, ReferenceLinear)
+KERNELS = (*_LINEAR, TritonKVAttention, ReferenceKVAttention)
 
 __all__ = [
     "KERNELS",
@@ -16,10 +18,12 @@ __all__ = [
     "NativeInt8ByWish",
     "NativeInt8Linear",
     "NativeWeightLinear",
+    "ReferenceKVAttention",
     "ReferenceLinear",
     "TorchInt4Linear",
     "TorchInt8DynamicLinear",
     "TorchIntLinear",
+    "TritonKVAttention",
     "choose",
     "quantize_input",
     "static_parts",

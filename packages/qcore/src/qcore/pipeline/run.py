@@ -350,8 +350,11 @@ class _Run:
 
     def _handler(self, site: Site, parts: Mapping[str, Tensor] | None) -> Tap:
         spec, rule = self.wishes.specs[site], self.recipe.rule_for(site)
+        if not site.cached:
+            return QuantizedTap(spec, parts)
+        window = rule.window if rule is not None and rule.window is not None else 0
         with at(site):
-            return KVCache(spec, (rule.window if rule else None) or 0, parts) if site.cached else QuantizedTap(spec, parts)
+            return KVCache(spec, window, parts, (site.heads, site.head_dim))
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
