@@ -324,6 +324,7 @@ def test_a_recipe_may_quantize_the_cache_alone():
     # of 2 heads of 16 channels, keys and values: 64 values of 4 bytes; packed 8 + 2 + 1 bytes a head
     assert plan.cache["bytes_per_token"] == {"before": 2 * 64 * 4, "after": 2 * 2 * 2 * 11}
     assert any("cache" in note and "per token" in note for note in plan.notes)
+    assert plan.engines and all(any("run by qcore alone" in why for why in v.reasons) for v in plan.engines)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Sizes are those of packed parts; memory and time are estimates, and are called s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from math import prod
@@ -538,6 +538,10 @@ class _Planner:
             if spec is None or p
         ]
         verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        if inside := [s for s in self.topology.activations if s in self.specs]:
+            # a policy of a cache, or a tensor inside a module: no other program's format has a word for it
+            why = f"{_names(map(str, inside))}: {self.specs[inside[0]]} inside the model is run by qcore alone, or after `import qcore.hf`"
+            verdicts = tuple(replace(v, reasons=(*v.reasons, why), parallel={}) for v in verdicts)
         if self.engine is not None:
             own = verdicts[list(ENGINES).index(self.engine)]
             self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]
