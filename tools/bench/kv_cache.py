@@ -5,9 +5,8 @@
     python tools/bench/kv_cache.py --table        the table from the cells that are there
 
 Small: 8 windows of 512 tokens of news, weights and activations float, no seed (nothing is drawn and nothing is calibrated).  The scores are
-teacher-forced, which is what decoding sees: a test holds the two equal.  Bits are those of the cache after one window, its floats
-counted as 16.  A cell takes about half a
-minute on one core, with a window of floats a whole one.
+teacher-forced, which is what decoding sees: a test holds the two equal.  Bits are those of the cache after one window, its floats counted as 16.  A
+cell takes about one minute of a free core.
 """
 
 import argparse
