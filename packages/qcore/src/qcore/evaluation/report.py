@@ -50,6 +50,8 @@ class Report:
     seconds: by step of the command;  phases: inside the quantization (some contain others);  memory: bytes, see `MemoryMeter`
     proof:   what was proved of the checkpoint
     threads: of the matrix products; another number may give other bits
+    histograms:  magnitudes of weights and inputs by kind of module, see `qcore.evaluation.histograms`
+    attribution: which modules the loss comes from, see `Attribution`; {} where nobody asked
     """
 
     model: Mapping[str, Any]
@@ -66,6 +68,8 @@ class Report:
     proof: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     threads: int = 1
+    histograms: Mapping[str, Any] = field(default_factory=dict)
+    attribution: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kernels(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What an evaluation is: data, and what is compared on it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -83,6 +83,12 @@ class LanguageModeling:
             "windows": len(self.windows),
             "window": self.windows.shape[1],
         }
+
+    def part(self, tokens: int, reference: Reference) -> "tuple[LanguageModeling, Reference]":
+        """The first windows alone, about `tokens` tokens of them (at least one window), with what the reference kept of them."""
+        count = max(1, min(len(self.windows), tokens // self.windows.shape[1]))
+        first = replace(self, windows=self.windows[:count])
+        return first, reference.first(count * (self.windows.shape[1] - 1), first.data())
 
     @torch.no_grad()
     def _outputs(self, forward: Forward) -> Iterable[Tensor]:
