@@ -97,7 +97,8 @@ def _loss(report: Mapping[str, Any]) -> str:
     said = (
         f"<p>Each of the {len(listed)} modules was float again once, its inputs too, and the KL divergence measured anew on "
         f"{found['rows']} outputs. With all quantized it is {number(all_kl)}; with all of them float again, {number(found['kl_float'])}. "
-        "What single modules save does not add up to the whole: their errors meet. A module that saves less than nothing made up for another's error.</p>"
+        "What single modules save does not add up to the whole: their errors meet. A module that saves less than nothing "
+        "made up for another's error.</p>"
     )
     rows = [(c["module"], number(c["saved"]), _share(c["saved"], all_kl), number(c["kl"])) for c in listed]
     kinds: dict[str, float] = {}
