@@ -28,6 +28,13 @@ def qcore_calibrations():
 
 
 @hookimpl
+def qcore_tasks():
+    from qplug_llm.neighbours import NearestNeighbours
+
+    return [NearestNeighbours]
+
+
+@hookimpl
 def qcore_sources():
     from qplug_llm.sources import GGUF, TransformersConfig, TransformersFolder
 

@@ -70,6 +70,11 @@ class LanguageModeling:
     def evaluate(self, forward: Forward, reference: Reference, progress: Progress | None = None) -> Scores:
         _same_data(self, reference)
         distance, rows = Distance(), self.windows.shape[1] - 1
+        if int(self.windows.max()) >= reference.classes:
+            raise QcoreError(
+                f"the text holds token {int(self.windows.max())}, but the model gives {reference.classes} values for each: these are no logits over "
+                "a vocabulary, and it cannot be judged as a language model; leave out --eval, and evaluate it by a task of its own"
+            )
         for i, logits in enumerate(_each(self._outputs(forward), "evaluate", len(self.windows), progress)):
             _check(logits, reference, f"window {i}")
             distance.add(reference.read(i * rows, (i + 1) * rows), logits, self.windows[i, 1:])
