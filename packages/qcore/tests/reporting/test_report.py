@@ -119,6 +119,7 @@ PAGES = {
     "experts": report(experts=8),
     "nothing measured": report() | {"quality": None, "attribution": {}, "histograms": {}, "memory": {}, "proof": {"level": "not proved"}},
     "nothing quantized": report(layers=0) | {"attribution": {}, "histograms": {}, "kernels": {}},
+    "of images": report() | {"data": {"note": "images", "evaluation": {"file": "t.gz", "images": 100, "shape": [1, 28, 28], "sha256": "1" * 64}}},
     "of an older qcore": {k: v for k, v in report().items() if k not in ("attribution", "histograms", "phases")},
 }
 

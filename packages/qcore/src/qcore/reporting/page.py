@@ -251,11 +251,13 @@ def _recipe(report: Mapping[str, Any]) -> str:
         own = data.get(use)
         if own:
             origin = str(own.get("file") or own.get("source") or "")
-            rows.append((use, origin, str(own["tokens"]), f"{own['windows']} of {own['window']}", own["sha256"][:16]))
+            amount = f"{own['tokens']} tokens" if "tokens" in own else f"{own.get('images', '–')} images"
+            form = f"{own['windows']} windows of {own['window']}" if "windows" in own else "×".join(map(str, own.get("shape", ())))
+            rows.append((use, origin, amount, form, str(own.get("sha256", ""))[:16]))
     changed = [str(o) for o in report["recipe"].get("overrides", ())]
     versions = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items() if name != "threads")
     return (
-        (_table(("data", "from", "tokens", "windows", "sha256"), rows, (2,)) if rows else "")
+        (_table(("data", "from", "amount", "form", "sha256"), rows, ()) if rows else "")
         + (f"<p>Changed: {', '.join(f'<code>{escape(o)}</code>' for o in changed)}</p>" if changed else "")
         + f"<details><summary>The whole recipe</summary><pre>{escape(str(report['recipe'].get('toml', '')))}</pre></details>"
         + f'<p class="soft">{escape(versions)}</p>'
