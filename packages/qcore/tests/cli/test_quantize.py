@@ -46,7 +46,8 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert done.json == report and report["schema"] == 1
     assert list(report) == [
-        "schema", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "coverage", "seconds", "phases", "memory", "proof",
+        "schema", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "refused", "coverage", "seconds", "phases",
+        "memory", "proof",
         "versions", "threads", "histograms", "attribution",
     ]  # fmt: skip
     assert report["recipe"]["name"] == "w4a16-gptq" and "calibration.samples=8" in report["recipe"]["overrides"]

@@ -55,6 +55,7 @@ def report(layers: int = 4, experts: int = 0, name: str = "zoo:tiny <llama> & co
             "perplexity": 20.1, "perplexity_reference": 19.8, "kl": 0.05, "kl_standard_error": None, "top1": 0.94, "tokens": 510,
         }},
         "sites": sites, "left_float": {"model.norm.weight": "a vector"},
+        "refused": {f"model.layers.{i}.o.weight.in": f"model.layers.{i}.v→o: failed the proof" for i in range(layers)},
         "coverage": {"weights_quantized": 9} | ({"experts": {"minimum": 2, "below": "nearest", "stacks": stacks}} if experts else {}),
         "seconds": {"load": 1.0, "quantize": 5.0}, "phases": {"solve": 3.0},
         "memory": {
@@ -142,7 +143,8 @@ def test_everything_that_was_measured_is_on_it() -> None:
         "1.00 MB", "4.00×", "4.25 bits", "0.0500", "20.1", "94.00%", "model.layers.0.self_attn.q_proj saves 0.00900 (+18.0%)", "int4-linear-native",
         "needs K divisible by 64, got 48", "expert 7: 21 rows", "expert 0: 0 rows, too few", "0: rounded to nearest",
         "model.layers.3 mlp.down_proj: 0.0130",
-        "weights of mlp.up_proj", "inputs of mlp.up_proj", "quantize: 5.00 s", "a vector", "solver.damp=0.1", "bit for bit",
+        "weights of mlp.up_proj", "inputs of mlp.up_proj", "quantize: 5.00 s", "a vector",
+        "4 × model.layers.*.v→o: failed the proof", "solver.damp=0.1", "bit for bit",
     ):  # fmt: skip
         assert said in text, said
 

@@ -605,6 +605,7 @@ def make_report(
         quality=quality,
         sites=sites,
         left_float=plan.left_float,
+        refused=plan.refused,
         coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0}
         | ({"experts": ledger} if ledger["stacks"] else {}),
         seconds={k: round(v, 3) for k, v in job.seconds.items()},

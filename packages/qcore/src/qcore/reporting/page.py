@@ -4,6 +4,7 @@ It is made from `report.json` alone, so it can be made again (`qcore report out/
 its own content-security policy forbids both.  Charts are SVG with titles and tooltips; behind each stands its table.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -29,6 +30,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("kernels", "Kernels", _kernels(report)),
         ("run", "Time and memory", _run(report)),
         ("float", "What stayed float", _left_float(report)),
+        ("refused", "What no transform may touch", _refused(report)),
         ("recipe", "Recipe, data, versions", _recipe(report)),
     ]
     shown = [(key, title, body) for key, title, body in sections if body]
@@ -242,6 +244,21 @@ def _left_float(report: Mapping[str, Any]) -> str:
         f"<details><summary>{len(names)} × {escape(why)}</summary><p>{', '.join(f'<code>{escape(n)}</code>' for n in names)}</p></details>"
         for why, names in by_reason.items()
     )
+
+
+def _refused(report: Mapping[str, Any]) -> str:
+    """Reasons that differ in numbers alone (of layers, of heads) are one."""
+    by_reason: dict[str, list[str]] = {}
+    for port, why in (report.get("refused") or {}).items():
+        by_reason.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", str(why)), []).append(str(port))
+    lists = "".join(
+        f"<details><summary>{len(ports)} × {escape(why)}</summary><p>{', '.join(f'<code>{escape(p)}</code>' for p in ports)}</p></details>"
+        for why, ports in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+    )
+    said = (
+        "<p>Axes of weights whose channels could not be followed, or were proven to be shared otherwise: rotations and scales leave them alone.</p>"
+    )
+    return said + lists if lists else ""
 
 
 def _recipe(report: Mapping[str, Any]) -> str:
