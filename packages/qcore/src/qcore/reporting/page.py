@@ -180,7 +180,7 @@ def _experts(report: Mapping[str, Any]) -> str:
             mended = "; ".join(f"{part}: {how}" for part, how in sorted(own["instead"].items(), key=lambda item: int(item[0]))) or "–"
             rows.append((f"{module}.{tensor}", str(min(own["rows"])), str(max(own["rows"])), mended))
     few = f"fewer than {ledger['minimum']} counts as not covered ({ledger['below']})"
-    said = f"<p>Rows of the calibration data that the router sent to each expert; {few}.</p>"
+    said = f"<p>Rows of the calibration data that the router sent to each expert; {few}, and is red.</p>"
     return said + _wide(charts.coverage(ledger)) + _details("As a table", (("stack", "least", "most", "mended"), rows), (1, 2))
 
 
