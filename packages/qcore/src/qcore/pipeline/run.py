@@ -76,7 +76,7 @@ def quantize_model(
     with run.timed("bind"):
         run.bind()
     run.result.rewrite = run.skeleton.rewrite
-    run.result.notes += run.skeleton.rewrite.notes
+    run.result.notes += [*run.skeleton.rewrite.notes, *_said(run.result.sites)]
     return run.result
 
 
@@ -422,7 +422,7 @@ class _Run:
         else:
             materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.coverage.restore(data.get("coverage", ()))
-        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
+        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"]), "remarks": tuple(r["remarks"])}) for r in data["records"]]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -441,3 +441,12 @@ def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Obser
 def _own_rewrite(index: int) -> str:
     """The step under which a journal keeps what the transforms did to one block."""
     return f"rewrite-{index:05d}"
+
+
+def _said(records: Sequence[SiteRecord]) -> list[str]:
+    """The remarks on all weights, each once."""
+    places: dict[str, list[str]] = {}
+    for r in records:
+        for text in r.remarks:
+            places.setdefault(text, []).append(r.site)
+    return [f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {text}" for text, sites in places.items()]

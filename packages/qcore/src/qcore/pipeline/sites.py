@@ -20,16 +20,18 @@ from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, sp
 from qcore.pipeline.record import SiteRecord, relative_error
 from qcore.pipeline.views import leaf_at, rows_of
 from qcore.pipeline.wishes import Wishes
+from qcore.remarks import listening, remark
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The codes of one weight.  error, of: see `SiteRecord`; seconds: of the solver"""
+    """The codes of one weight.  error, of, remarks: see `SiteRecord`; seconds: of the solver"""
 
     codes: QTensor
     error: float
     of: str
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 def shared_out(costs: Sequence[float], count: int) -> list[int]:
@@ -74,12 +76,14 @@ class SiteSolver:
                 self.wishes.spec(site).check(tuple(matrix.shape))
                 require_finite(matrix)
         started = time.perf_counter()
-        with at(", ".join(map(str, sites))):
+        with at(", ".join(map(str, sites))), listening() as heard:
+            _look_at(seen.get("gram"))
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
         errors = [relative_error(m, piece.dequantize().to(m.dtype), seen.get("gram")) for m, piece in zip(matrices, pieces, strict=True)]
-        return [Solution(piece, error, of, seconds) for piece, (error, of) in zip(pieces, errors, strict=True)]
+        said = [(*heard, *_remarks_on(m)) for m in matrices]
+        return [Solution(piece, *error, seconds, words) for piece, error, words in zip(pieces, errors, said, strict=True)]
 
     def _matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
@@ -123,6 +127,7 @@ class SiteSolver:
             bits=round(8 * nbytes / prod(q.shape), 4),
             nbytes=nbytes,
             seconds=round(solution.seconds, 4),
+            remarks=solution.remarks,
         )
 
     def replace(self, path: str, solved: Mapping[Site, QTensor], inputs: Mapping[Site, Mapping[str, Tensor]]) -> None:
@@ -150,3 +155,18 @@ class SiteSolver:
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
+
+
+def _look_at(gram: Tensor | None) -> None:
+    """Remark on inputs that calibration did not see."""
+    if gram is None:
+        return
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if dead := int((diagonal == 0).sum()):
+        remark(f"{dead} of {diagonal.numel()} inputs were zero on all calibration rows; their weights are rounded to nearest")
+
+
+def _remarks_on(matrix: Tensor) -> tuple[str, ...]:
+    """What is unusual about a float weight."""
+    empty = int((matrix == 0).all(1).sum())
+    return (f"{empty} of {matrix.shape[0]} rows are all zero",) if empty else ()
