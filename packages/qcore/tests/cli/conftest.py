@@ -193,7 +193,17 @@ class Pretend:
         materialize(loaded.model, "", loaded.reader)
         loaded.model.mix.weight.data += 0.01
         record = SimpleNamespace(
-            site="mix:weight", spec="int4", solver="X()", packing="bits", shape=(64, 64), error=0.01, of="weight", bits=4.5, nbytes=2304, seconds=0.1
+            site="mix:weight",
+            spec="int4",
+            solver="X()",
+            packing="bits",
+            shape=(64, 64),
+            error=0.01,
+            of="weight",
+            bits=4.5,
+            nbytes=2304,
+            seconds=0.1,
+            remarks=(),
         )
         return SimpleNamespace(
             model=loaded.model,
