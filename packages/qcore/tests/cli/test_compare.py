@@ -180,3 +180,10 @@ def test_a_rewrite_that_is_not_whole_is_an_error(made: Path, run, tmp_path: Path
 def test_without_evaluation_text_or_streamed_attribution_is_refused_before_the_work(run, made: Path) -> None:
     code, _, err = run("quantize", "tiny:", "-r", "4.toml", "-o", "no", "--attribute", "--stream", *SMALL)
     assert code == 2 and "--attribute cannot be done: this run is streamed" in err and not (made / "no").exists()
+
+
+def test_a_streamed_run_has_the_same_histograms(run, made: Path) -> None:
+    code, _, err = run("quantize", "tiny:", "-r", "4.toml", "-o", "streamed", "--stream", *SMALL)
+    assert code == 0, err
+    streamed, whole = (json.loads((made / out / "report.json").read_text())["histograms"] for out in ("streamed", "out4"))
+    assert streamed == whole and set(streamed["self_attn.q_proj"]) == {"weight_before", "weight_after", "input_before", "input_after"}
