@@ -17,7 +17,7 @@ def pareto_plot(points: Sequence[Point], reference: str) -> str:
     picture = Picture(760, 440, "KL divergence against size", _in_words(points, reference))
     sizes = [p[1] for p in points] or [1.0]
     kls = [p[2] for p in points if p[2] > 0] or [1.0]
-    x = Axis(min(sizes) * 0.9, max(sizes) * 1.06, 76, 730)
+    x = Axis(min(sizes) * 0.9, max(sizes) * 1.06, 88, 730)
     low, high = min(kls), max(kls)
     y = log_axis(low / 1.6, high * 1.6, 378, 44)
     picture.grid(x, y, x_format=megabytes, y_format=number, x_label="size of weights", y_label=f"KL divergence from {reference}, nats (log scale)")
