@@ -55,11 +55,12 @@ def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import OnlineHadamard
+    from qcore.modules.kv_cache import KVCache
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, KVCache]
 
 
 @hookimpl
