@@ -133,7 +133,8 @@ def test_what_is_dumped_loads_back_equal(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_shipped_recipe_has_its_files_name_and_survives_a_dump(path: Path, registry: Any) -> None:
+def test_shipped_recipe_has_its_files_name_and_survives_a_dump(path: Path) -> None:
+    registry = load_registry()  # with all that the recipes name
     recipe = load_recipe(path.stem, registry)
     assert recipe.name == path.stem and recipe.description
     assert parse_recipe(dump(recipe), registry, name=recipe.name) == recipe
@@ -143,7 +144,8 @@ def test_shipped_recipes_are_those_promised() -> None:
     names = {p.stem for p in RECIPES.glob("*.toml")}
     weights = {"w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"}
     caches = {"kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4"}
-    assert names == weights | caches | {"smoothquant-w8a8", "fp8", "mxfp4", "nvfp4", "zeroquant-fp-w4a8"}
+    low_bits = {"w2a16-gptvq", "w2a16-signround", "w2a16-adaround", "w2a16-lowrank", "w3a16-lwc", "w2a16-hqq", "w4a16-hqq", "mixed"}
+    assert names == weights | caches | low_bits | {"smoothquant-w8a8", "fp8", "mxfp4", "nvfp4", "zeroquant-fp-w4a8"}
 
 
 def test_shipped_recipe_says_what_its_name_says(registry: Any) -> None:
