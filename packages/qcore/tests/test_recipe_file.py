@@ -26,6 +26,7 @@ from qcore.numbers import (
     mx,
     nvfp4,
 )
+from qcore.plugins import load_registry
 from qcore.plugins.shelf import Shelf
 from qcore.recipe import CalibrationSettings, Recipe, Rule
 from qcore.recipe_file import dump, load_recipe, override, parse_recipe
