@@ -17,23 +17,37 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Spikes
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Spikes]
 
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, LowRank, Reorder, SmoothQuant, SplitColumns
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
+    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, LowRank, IfBeneficial]
 
 
 @hookimpl
 def qcore_solvers():
-    from qcore.solvers import GPTQ, GPTVQ, RTN
+    from qcore.solvers import GPTQ, GPTVQ, HQQ, RTN
 
-    return [RTN, GPTQ, GPTVQ]
+    return [RTN, HQQ, GPTQ, GPTVQ]
+
+
+@hookimpl
+def qcore_block_solvers():
+    from qcore.solvers import AdaRound, LearnedClipping, SignRound
+
+    return [SignRound, AdaRound, LearnedClipping]
+
+
+@hookimpl
+def qcore_allocators():
+    from qcore.solvers import Mixed
+
+    return [Mixed]
 
 
 @hookimpl

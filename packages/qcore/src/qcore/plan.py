@@ -28,7 +28,7 @@ from qcore.numbers.granularity import Shape
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
-from qcore.recipe import Recipe
+from qcore.recipe import Recipe, resolve_scale
 
 # matrix products of a small machine; the estimate says so
 ASSUMED_FLOPS = 5e10
@@ -258,9 +258,11 @@ class _Planner:
         uses = self._transforms()
         allocator = self.recipe.allocator
         solvers = [self._solver(s) for s in self.sites if s in self.specs] + list(allocator.solvers if allocator else ())
-        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static)
+        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static) or self.recipe.block_solver is not None
         if allocator is not None:
+            needs_data = needs_data or allocator.needs != "weights"
             self.notes.append(f"allocator {allocator.name!r} chooses spec and solver when it has read the weights; sizes are those of the rules")
+            self._check_allocator(decisions)
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
@@ -280,6 +282,11 @@ class _Planner:
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
         budget = self._budget(decisions, needs_data, after)
+        if allocator is not None and budget.stream and allocator.needs in ("model", "gradients"):
+            self.problems.append(
+                f"allocator {allocator.name!r} runs the whole float model in memory, and this run is streamed; take a metric of weights or inputs "
+                "(--set allocator.metric=output), or give it more memory"
+            )
         source = self.recipe.calibration.source
         if needs_data and budget.stream and source is not None and source.kept(self.model, self.recipe.calibration) is None:
             self.problems.append(
@@ -326,6 +333,8 @@ class _Planner:
             except QcoreError as e:
                 self._problem(site.input, str(e))
                 return None
+        if self.recipe.block_solver is not None and (why := self.recipe.block_solver.refuses(spec)):
+            self._problem(site, f"{why}; leave out `block_solver`, or store integers")
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None
@@ -380,9 +389,28 @@ class _Planner:
 
     # the whole ----------------------------------------------------------------------------------------------------------------------------
 
+    def _check_allocator(self, decisions: Sequence[Decision]) -> None:
+        """What the allocator says against the run, of the weights that the rules would quantize."""
+        allocator, shapes = self.recipe.allocator, {d.site: d.shape for d in decisions}
+        assert allocator is not None
+        sites = {s: prod(shapes[str(s)]) for s in self.sites if s in self.specs and str(s) in shapes}
+
+        def nbytes(site: Site, spec: QuantSpec) -> int | None:
+            shape, own = shapes[str(site)], resolve_scale(spec, str(self.loaded.dtype).removeprefix("torch."))
+            try:
+                own.check(shape)
+                return self._packed_bytes(first_that_accepts(self.packings.values(), own, shape, self.specs.get(site.input)), own, shape)
+            except QcoreError:
+                return None
+
+        self.problems += allocator.problems(sites, nbytes)
+
     def _check_rules(self) -> None:
         names = [str(s) for s in self.all_sites]
-        for rule in self.recipe.unmatched(self.all_sites):
+        # a transform that splits leaves says what it calls the parts: rules may name them before they are there
+        parts = {part for t in self.recipe.transforms for part in getattr(t, "parts", ())}
+        split = [Site(f"{s.module}.{part}", s.tensor, role=s.role) for s in self.all_sites for part in sorted(parts)]
+        for rule in self.recipe.unmatched([*self.all_sites, *split]):
             if rule.window is not None and not any(s.cached for s in self.topology.activations):
                 continue  # the check of the cache says more
             near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
@@ -623,6 +651,8 @@ def packed_bytes(packing: Any, spec: QuantSpec, shape: Shape) -> int:
     (Packing on meta would do as well, but torch's arithmetic on meta tensors imports its compiler, which takes longer than a whole plan.)
     """
     n, k = shape
+    if getattr(spec.format, "iterations", 1) > 1:  # a codebook is as large after one round of k-means as after a hundred
+        spec = replace(spec, format=replace(spec.format, iterations=1))  # type: ignore[type-var]
     height = spec.granularity.block(shape)[0]
     step = 32 * (height if height < n else 1)  # whole blocks, whole words
 

@@ -13,7 +13,7 @@ from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
 from qcore.numbers import PerHead, QuantSpec
 from qcore.solvers.allocate import Allocator
-from qcore.solvers.base import WeightSolver
+from qcore.solvers.base import BlockSolver, WeightSolver
 from qcore.transforms.base import Transform
 
 AUTO_SCALE = "auto"
@@ -99,6 +99,7 @@ class CalibrationSettings:
 class Recipe:
     """Rules say what is stored; transforms, solver and calibration say how it is found.
 
+    block_solver: improves the codes of each block's weights together, once each was solved on its own; None = nobody
     allocator: chooses spec and solver for the weights that the rules quantize, once all are known; None = what the rules say
     propagate: what a block is calibrated on. "weights": the outputs of the quantized blocks before it, activations float;
                "all": also with quantized activations; "float": the float model's own
@@ -108,6 +109,7 @@ class Recipe:
     description: str = ""
     rules: tuple[Rule, ...]
     solver: WeightSolver
+    block_solver: BlockSolver | None = None
     transforms: tuple[Transform, ...] = ()
     allocator: Allocator | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
@@ -166,6 +168,7 @@ def describe(recipe: Recipe) -> Mapping[str, Any]:
             for r in recipe.rules
         ],
         "solver": repr(recipe.solver),
+        "block_solver": None if recipe.block_solver is None else repr(recipe.block_solver),
         "transforms": [repr(t) for t in recipe.transforms],
         "allocator": None if recipe.allocator is None else repr(recipe.allocator),
         "calibration": repr(recipe.calibration),

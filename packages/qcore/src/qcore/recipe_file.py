@@ -59,7 +59,7 @@ Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
 _RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer", "window")
-_RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "allocator", "calibration", "propagate")
+_RECIPE_KEYS = ("description", "extends", "rules", "solver", "block_solver", "transforms", "allocator", "calibration", "propagate")
 _PROPAGATE = ("float", "weights", "all")
 
 
@@ -101,6 +101,8 @@ def dump(recipe: Recipe) -> str:
     for transform in recipe.transforms:
         lines += ["", "[[transforms]]", *_lines(_class_table(transform))]
     lines += ["", "[solver]", *_lines(_class_table(recipe.solver))]
+    if recipe.block_solver is not None:
+        lines += ["", "[block_solver]", *_lines(_class_table(recipe.block_solver))]
     if recipe.allocator is not None:
         lines += ["", "[allocator]", *_lines(_class_table(recipe.allocator))]
     lines += ["", "[calibration]", *_lines(_field_table(recipe.calibration))]
@@ -207,6 +209,7 @@ class _Builder:
             description=self.coerce(table.get("description", ""), str, "description"),
             rules=tuple(self.rule(self.table(rule, f"rules.{i}"), f"rules.{i}") for i, rule in enumerate(self.array(table["rules"], "rules"))),
             solver=self.named("solvers", table["solver"], "solver"),
+            block_solver=self.named("block_solvers", table["block_solver"], "block_solver") if "block_solver" in table else None,
             transforms=tuple(
                 self.named("transforms", t, f"transforms.{i}") for i, t in enumerate(self.array(table.get("transforms", []), "transforms"))
             ),
@@ -388,7 +391,7 @@ class _Builder:
 def _kind_of(hint: Any) -> str | None:
     """The registry's kind for fields that hold one of its protocols."""
     kinds = {"WeightSolver": "solvers", "Transform": "transforms", "Observer": "observers", "Allocator": "allocators", "Selector": "selectors"}
-    kinds["CalibrationSource"] = "calibrations"
+    kinds |= {"CalibrationSource": "calibrations", "BlockSolver": "block_solvers"}
     return kinds.get(getattr(hint, "__name__", ""))
 
 

@@ -143,7 +143,18 @@ def registry(texts: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         recipes=shelf("recipes", *sorted(RECIPES.glob("*.toml"))),
         **{
             kind: shelf(kind)
-            for kind in ("observers", "allocators", "selectors", "calibrations", "tasks", "exporters", "lowerings", "commands", "modules")
+            for kind in (
+                "observers",
+                "block_solvers",
+                "allocators",
+                "selectors",
+                "calibrations",
+                "tasks",
+                "exporters",
+                "lowerings",
+                "commands",
+                "modules",
+            )
         },
     )
     monkeypatch.setattr("qcore.plugins.load_registry", lambda: made, raising=False)

@@ -13,6 +13,7 @@ from qcore.calibration.observers import (
     MinMax,
     Moments,
     Percentile,
+    Spikes,
     StreamingObserver,
 )
 from qcore.calibration.selectors import Selector
@@ -34,5 +35,6 @@ __all__ = [
     "Rows",
     "Seen",
     "Selector",
+    "Spikes",
     "StreamingObserver",
 ]

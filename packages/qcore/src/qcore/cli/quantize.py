@@ -19,6 +19,7 @@ import typer
 
 from qcore.cli._options import (
     AdapterOption,
+    BitsOption,
     CalibOption,
     EngineOption,
     EvalOption,
@@ -35,6 +36,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     window_length,
+    with_budget,
 )
 from qcore.processes import Alone
 
@@ -58,6 +60,7 @@ def quantize(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    bits: BitsOption = None,
     select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
@@ -98,6 +101,7 @@ def quantize(
         meter = MemoryMeter()
         own = registry()
         overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+        overrides = with_budget(recipe, own, overrides, bits)
         wanted = load_recipe(recipe, own, overrides)
         started = time.perf_counter()
         with meter.during("load"):

@@ -25,7 +25,9 @@ from qcore.modules import module_name, place, rebuild
 from qcore.modules.kv_cache import KVCache
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
+from qcore.pipeline.blocks import BlockStep
 from qcore.pipeline.floats import compute_dtype
+from qcore.pipeline.look import RunLook
 from qcore.pipeline.record import Quantized, SiteRecord
 from qcore.pipeline.sites import SiteSolver, Solution, shared_out
 from qcore.pipeline.skeleton import Skeleton
@@ -35,8 +37,7 @@ from qcore.processes import Alone, Processes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
 from qcore.transforms.base import Transform
-from qcore.transforms.channels import site_matrix
-from qcore.transforms.rewrite import Rewrite, owner_of, rewritten_topology
+from qcore.transforms.rewrite import Rewrite, rewritten_topology
 
 
 @torch.no_grad()
@@ -102,6 +103,9 @@ class _Run:
                 f"{processes.count} processes share {len(batches)} calibration batches, and each needs one; start fewer processes, "
                 "or make smaller batches: --set calibration.batch=1"
             )
+        if processes.count > 1 and (recipe.block_solver is not None or (recipe.allocator is not None and recipe.allocator.needs != "weights")):
+            what = f"block solver {recipe.block_solver.name!r}" if recipe.block_solver is not None else f"allocator {recipe.allocator.name!r}"  # type: ignore[union-attr]
+            raise CalibrationError(f"{what} looks at all calibration batches, and {processes.count} processes would share them; start one process")
         self.loaded, self.registry, self.processes = loaded, registry, processes
         self.batches = processes.own(batches)
         self.batch_numbers = processes.own(range(len(batches)))
@@ -117,6 +121,7 @@ class _Run:
         self.wishes = Wishes(recipe, registry, specs, self.dtype_name)
         self.sites = SiteSolver(self.model, self.wishes)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, self.skeleton.rewrite)
+        self.together = None if recipe.block_solver is None else BlockStep(recipe.block_solver, self.model, self.sites, journal)
         self.result.coverage = Ledger(recipe.calibration.minimum, recipe.calibration.below)
 
     @property
@@ -164,9 +169,8 @@ class _Run:
         if allocator is None:
             return
         sites = [s for s in self.topology.sites if s in self.wishes.specs and s.param not in self.skeleton.rewrite.dropped]
-        reader = self.skeleton.reader
-        first = self.processes.rank == 0
-        made = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self.skeleton.owners, s.param))) if first else None
+        look = RunLook(self.skeleton, self.wishes, self.adapter, self.batches, self._observed_blocks, self.stream)
+        made = allocator.allocate(sites, look) if self.processes.rank == 0 else None
         choices = self.processes.agreed(made)
         chosen = tuple(Rule(str(site).replace("[", "[[]"), c.spec, c.solver) for site, c in choices.items())
         self.wishes.recipe = replace(self.recipe, rules=(*self.recipe.rules, *chosen))
@@ -223,6 +227,8 @@ class _Run:
         if runner is not None and self.recipe.propagate == "float":
             outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
+        test = self.together.begin(feed, index, module, [s for stage in stages for s in stage]) if self.together is not None else None
+        all_seen: dict[Site, Seen] = {}
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
         for stage in stages:
@@ -233,6 +239,11 @@ class _Run:
                 inputs |= {site.input: self.wishes.static_parts(site.input, seen[site]) for site in stage if self.wishes.is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
+            all_seen |= seen if test is not None else {}
+        if self.together is not None and test is not None and feed is not None:
+            with self.timed("solve"):
+                solved |= self.together.improve(test, solved, all_seen)
+            runner = BlockRunner(feed, index, module, [])  # what the other one kept is of the codes before
         round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
         if runner is not None and self.recipe.propagate == "weights":
@@ -392,21 +403,23 @@ class _Run:
         return torch.bfloat16 if self.compute is torch.float32 and (wanted == "bfloat16" or native) else None
 
     def _observe_model(self, wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
-        """One pass of the float model, as rewritten so far, block by block."""
+        """One pass of the float model, as rewritten so far."""
+        return {site: own for seen in self._observed_blocks(wants) for site, own in seen.items()}
+
+    def _observed_blocks(self, wants: Mapping[Site, Sequence[Observer]]) -> Iterator[Mapping[Site, Seen]]:
+        """The same, what each block's sites saw at a time."""
         self.skeleton.settle_outside()
         feed = self._feed()
-        seen: dict[Site, Seen] = {}
         for index, block in enumerate(self.topology.blocks):
             self.progress("observe", index, len(self.topology.blocks))
             self.skeleton.install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.skeleton.reader, self.compute)
             runner = BlockRunner(feed, index, module, keep=self.keep)
-            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
+            yield runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
-        return seen
 
     def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None

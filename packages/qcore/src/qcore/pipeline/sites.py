@@ -65,12 +65,12 @@ class SiteSolver:
 
     def cost(self, sites: Sequence[Site]) -> float:
         """How much work `solve` is, as far as a shape tells: N K², what a column-wise solver does."""
-        shapes = [self._matrix(site).shape for site in sites]
+        shapes = [self.matrix(site).shape for site in sites]
         return float(sum(n * k * k for n, k in shapes))
 
     def solve(self, sites: Sequence[Site], seen: Seen) -> list[Solution]:
         """Choose the codes of weights that share their input."""
-        matrices = [self._matrix(site) for site in sites]
+        matrices = [self.matrix(site) for site in sites]
         for site, matrix in zip(sites, matrices, strict=True):
             with at(site):
                 self.wishes.spec(site).check(tuple(matrix.shape))
@@ -85,7 +85,7 @@ class SiteSolver:
         said = [(*heard, *_remarks_on(m)) for m in matrices]
         return [Solution(piece, *error, seconds, words) for piece, error, words in zip(pieces, errors, said, strict=True)]
 
-    def _matrix(self, site: Site) -> Tensor:
+    def matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)

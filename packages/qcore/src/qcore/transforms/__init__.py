@@ -6,6 +6,7 @@ from qcore.transforms.base import Transform
 from qcore.transforms.benefit import Benefit, IfBeneficial, benefit
 from qcore.transforms.equalize import CrossLayerEqualize
 from qcore.transforms.fold_norm import FoldNorm
+from qcore.transforms.low_rank import LowRank
 from qcore.transforms.permute import Reorder
 from qcore.transforms.rewrite import Rewrite, RewrittenReader, hadamard_link, permute_link, rewritten_topology, rotate_link, scale_link
 from qcore.transforms.rotate import HadamardRotate
@@ -19,6 +20,7 @@ __all__ = [
     "FoldNorm",
     "HadamardRotate",
     "IfBeneficial",
+    "LowRank",
     "Reorder",
     "Rewrite",
     "RewrittenReader",
