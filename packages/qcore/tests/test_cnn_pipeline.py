@@ -9,6 +9,7 @@ from qcore.errors import SpecError
 from qcore.model.plain import PlainCNN
 from qcore.modules import QuantizedConv
 from qcore.modules.leaves import FloatConv2d
+from qcore.modules.sum import Sum
 from qcore.numbers import int_weight
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plugins.registry import Registry
@@ -19,10 +20,11 @@ from qcore.transforms import CrossLayerEqualize, FoldBatchNorm, Reorder, SplitCo
 from torch import nn
 
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+FOLD = (FoldBatchNorm(),)
 SPLIT = SplitColumns(sites=("2.0:weight",), channels=2, by="weight")
 
 
-def quantized(*rules, transforms=(FoldBatchNorm(),), model=None, batches=(IMAGES,), solver=None, **options):
+def quantized(*rules, transforms=FOLD, model=None, batches=(IMAGES,), solver=None, **options):
     recipe = Recipe(rules=rules, solver=solver or RTN(clip="none"), transforms=transforms, **options)
     loaded = load_in_memory(copy.deepcopy(model or tiny_cnn()))
     return quantize_model(loaded, recipe, list(batches), registry=Registry(""), adapter=PlainCNN())
@@ -61,3 +63,10 @@ def test_a_batch_norm_that_nothing_can_fold_stops_the_run_and_says_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with pytest.raises(SpecError, match="no running statistics"):
         quantized(Rule("*:weight", int_weight(8)), model=model)
+
+
+def test_a_layer_that_got_its_bias_from_a_fold_can_be_split():
+    model = tiny_cnn()
+    model[2][0] = nn.Conv2d(16, 24, 1, bias=False).eval()
+    result = quantized(Rule("*:weight", int_weight(8)), transforms=(FoldBatchNorm(), SPLIT), model=model)
+    assert isinstance(result.model.get_submodule("2.0"), Sum) and gap(result.model, model) < 0.03

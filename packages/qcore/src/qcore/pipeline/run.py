@@ -376,7 +376,7 @@ class _Run:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
-        self.skeleton.installed |= {path for path in self.skeleton.rewrite.inserts if within(path, block.module)}
+        self.skeleton.installed |= {path: insert for path, insert in self.skeleton.rewrite.inserts.items() if within(path, block.module)}
         if self.stream:
             evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
         else:
