@@ -280,7 +280,8 @@ class _Run:
             return {site: {} for site in stage}
         wanted: dict[Site, tuple[Observer, ...]] = {}
         for site in stage:
-            wanted[site.input] = (*self.wishes.solver(site).observes, *self.wishes.range_observers(site.input))
+            own = {o.name: o for o in (*self.wishes.solver(site).observes, *self.wishes.bias_observers(site))}
+            wanted[site.input] = (*own.values(), *self.wishes.range_observers(site.input))
         observed = runner.observe(_counted(wanted))
         return self._cover({site: observed[site.input] for site in stage})
 
