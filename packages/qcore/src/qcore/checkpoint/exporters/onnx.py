@@ -167,7 +167,9 @@ class _Graph:
                 inputs.append(helper.make_tensor_value_info("input", kind, [free.get(i, n) for i, n in enumerate(example.shape)]))
             elif node.op == "output":
                 self.node("Identity", [value[node.args[0]]], "output")
-                outputs.append(helper.make_tensor_value_info("output", kind, ["batch", *result.shape[1:]] if result.ndim == 2 else [None] * result.ndim))
+                outputs.append(
+                    helper.make_tensor_value_info("output", kind, ["batch", *result.shape[1:]] if result.ndim == 2 else [None] * result.ndim)
+                )
             elif node.op == "call_module":
                 path = str(node.target)
                 with at(path):
@@ -175,7 +177,9 @@ class _Graph:
             else:
                 value[node] = self.function(node, [value[n] for n in node.args if isinstance(n, fx.Node)])
         if self._unsigned:
-            self.notes.append(f"the weights of {self._unsigned} layers are stored as uint8 with the zero point 128, so that no processor's sums saturate")
+            self.notes.append(
+                f"the weights of {self._unsigned} layers are stored as uint8 with the zero point 128, so that no processor's sums saturate"
+            )
         proto = helper.make_graph(self.nodes, "qcore", inputs, outputs, initializer=self.constants)
         return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="qcore")
 
