@@ -21,7 +21,7 @@ from evidence import CELLS
 
 FILE = CELLS / "efficientnet-lite0" / "latency.json"
 BATCHES = (1, 8)
-ROUNDS = 12
+ROUNDS = int(os.environ.get("ROUNDS", "12"))
 
 
 def paths() -> tuple[dict[str, Callable[[Any], Any]], dict[str, Any]]:
