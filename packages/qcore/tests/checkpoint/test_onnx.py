@@ -209,6 +209,16 @@ def test_every_reason_is_told_at_once(tmp_path):
         OnnxExporter(weights="int4")
 
 
+def test_what_an_operation_is_told_beside_its_operands_is_not_dropped():
+    class Told(nn.Module):
+        def forward(self, x, y):
+            return torch.add(x, y, alpha=2) + 1.0
+
+    reasons = OnnxExporter().refuses(Told().eval())
+    assert any("reads 2 tensors (x, y)" in r for r in reasons)
+    assert any("constant alpha=2" in r for r in reasons) and any("constant 1.0" in r for r in reasons)
+
+
 def test_dynamic_inputs_and_groups_of_weights_are_refused(tmp_path):
     registry = Registry("")
     for recipe, reason in (("smoothquant-w8a8", "static scales"), ("w4a16-rtn", "per output channel")):

@@ -36,7 +36,6 @@ _PLAIN: dict[Any, str] = {
     **dict.fromkeys((nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"), "Sigmoid"),
     **dict.fromkeys((nn.Tanh, F.tanh, torch.tanh, "tanh"), "Tanh"),
     **dict.fromkeys((nn.Hardswish, F.hardswish), "HardSwish"),
-    **dict.fromkeys((nn.Softplus, F.softplus), "Softplus"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "Add"),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "Mul"),
 }
@@ -68,7 +67,8 @@ class OnnxExporter(Exporter):
         except Exception as e:  # whatever the model's forward does with a traced tensor
             first = str(e).splitlines()[0] if str(e) else ""
             return [f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {first}), so there is no graph to write"]
-        reasons = []
+        inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+        reasons = [] if len(inputs) == 1 else [f"the model reads {len(inputs)} tensors ({', '.join(inputs)}), the file has one input"]
         for node in graph.nodes:
             why = _refuses_node(node, model)
             if why:
@@ -114,7 +114,8 @@ def _refuses_node(node: fx.Node, model: nn.Module) -> str | None:
         return "flatten is written from axis 1 to the last"
     if node.target in _PLAIN or node.target in _FLAT or node.target in (F.relu6, F.silu):
         constants = [a for a in node.args if not isinstance(a, fx.Node) and node.target not in _FLAT]
-        return f"an operand is the constant {constants[0]!r}" if constants else None
+        constants += [f"{k}={v!r}" for k, v in node.kwargs.items() if k != "inplace"]
+        return f"an operand is the constant {constants[0]}" if constants else None
     return f"the operation {getattr(node.target, '__name__', node.target)} is not known"
 
 
