@@ -150,6 +150,8 @@ def page(cells: Sequence[Cell]) -> str:
                 scores = (f"{_spread(own, 'top1', 1, 100)} %", _spread(own, "kl", 4), _spread(own, "sqnr_db", 2))
                 lines.append(f"| {' | '.join((f'`{label}`', words, str(len(own)), *scores, format(own[0]['bits'], '.2f')))} |")
         lines.append("")
+    if absent := sum(not c.file.exists() for c in cells):
+        lines += [f"Not measured yet: {absent} of {len(cells)} cells.", ""]
     latency = CELLS / "efficientnet-lite0" / "latency.json"
     if latency.exists():
         from cnn_latency import table
