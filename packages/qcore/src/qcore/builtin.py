@@ -51,12 +51,13 @@ def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import OnlineHadamard
+    from qcore.modules.kv_cache import KVCache
     from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, Nothing, *FLOAT_LEAVES]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
 
 
 @hookimpl

@@ -4,7 +4,7 @@ Sizes are those of packed parts; memory and time are estimates, and are called s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from math import prod
@@ -23,6 +23,7 @@ from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
 from qcore.modules.conv import QuantizedConv
+from qcore.modules.kv_cache import bytes_per_token, kv_problem
 from qcore.numbers import QuantSpec, quantize
 from qcore.numbers.granularity import Shape
 from qcore.ops.conv import ConvJob
@@ -81,18 +82,21 @@ class Plan:
     """What a run would do, and everything that stands against it.
 
     left_float:    parameter → why it stays float
+    refused:       axis of a weight → why no transform may touch it
     problems:      what must be mended first
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
     engines:       what programs that serve checkpoints make of it
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
+    cache:         of recipes with a policy for keys and values: what is stored, and bytes of each token over all layers
     """
 
     model: str
     recipe: str
     decisions: tuple[Decision, ...]
     left_float: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[TransformUse, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -102,6 +106,7 @@ class Plan:
     flops: float = 0.0
     budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
     engines: tuple[Verdict, ...] = ()
 
     @property
@@ -165,10 +170,12 @@ class Plan:
             "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
+            "cache": dict(self.cache),
             "transforms": [asdict(t) for t in self.transforms],
             "engines": [v.to_dict() for v in self.engines],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
+            "refused": dict(self.refused),
         }
 
 
@@ -248,6 +255,7 @@ class _Planner:
     def plan(self) -> Plan:
         decisions = tuple(d for site in self.sites if site in self.specs and (d := self._decide(site)) is not None)
         self._check_rules()
+        cache = self._cache()
         self._check_tensors()
         uses = self._transforms()
         allocator = self.recipe.allocator
@@ -265,7 +273,7 @@ class _Planner:
             self.problems.append(
                 f"calibration.length={length} is longer than what {self.loaded.name} can see, {context} tokens; --set calibration.length={context}"
             )
-        if not decisions and not self.problems:
+        if not decisions and not any(s in self.specs for s in self.topology.activations) and not self.problems and not self.alike:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         coverage = self._coverage(needs_data)
         self._flush_alike()
@@ -285,6 +293,7 @@ class _Planner:
             recipe=self.recipe.name,
             decisions=decisions,
             left_float=left,
+            refused={str(port): why for port, why in self.topology.blocked.items()},
             transforms=uses,
             problems=tuple(self.problems),
             notes=(*self.loaded.notes, *self.notes),
@@ -294,6 +303,7 @@ class _Planner:
             flops=flops,
             budget=budget,
             coverage=coverage,
+            cache=cache,
             engines=engines,
         )
 
@@ -312,6 +322,12 @@ class _Planner:
         except QcoreError as e:
             self._problem(site, str(e))
             return None
+        if activation is not None and (isinstance(module, nn.Linear) or site.part is not None):
+            try:
+                activation.check((1, shape[1]))
+            except QcoreError as e:
+                self._problem(site.input, str(e))
+                return None
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None
@@ -370,6 +386,8 @@ class _Planner:
     def _check_rules(self) -> None:
         names = [str(s) for s in self.all_sites]
         for rule in self.recipe.unmatched(self.all_sites):
+            if rule.window is not None and not any(s.cached for s in self.topology.activations):
+                continue  # the check of the cache says more
             near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
             self.problems.append(
                 f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {self.loaded.name}; sites look like {' and '.join(near)} "
@@ -387,6 +405,38 @@ class _Planner:
                 range_observer(self.specs[site], None if own is None else own.observer)
             except SpecError as e:
                 self._problem(site, str(e))
+
+    def _cache(self) -> dict[str, Any]:
+        """What the cache of keys and values will hold, and what stands against it."""
+        kept = [s for s in self.topology.activations if s.cached]
+        for rule in self.recipe.rules:
+            if rule.window is None:
+                continue
+            if not kept:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache of keys and values (window={rule.window}), and {self.loaded.name} keeps none: it is "
+                    "no decoder with attention, or it caches something else (latents, a state); drop the rule"
+                )
+            elif wrong := [s for s in self.all_sites if s not in kept and self.recipe.rule_for(s) is rule]:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache (window={rule.window}), but names {_names(map(str, wrong))}, which no cache keeps; "
+                    'name keys and values alone, "*:[kv]", or leave `window` out'
+                )
+        quantized = [s for s in kept if s in self.specs]
+        sound = []
+        for site in quantized:
+            if why := kv_problem(self.specs[site], site.heads, site.head_dim):
+                self._problem(site, why)
+            else:
+                sound.append(site)
+        if not sound or len(sound) < len(quantized) or not all(s.heads and s.head_dim for s in kept):
+            return {}
+        before = sum(s.heads * s.head_dim * self.itemsize for s in kept)
+        after = sum(bytes_per_token(self.specs[s], s.heads, s.head_dim) if s in self.specs else s.heads * s.head_dim * self.itemsize for s in kept)
+        policies = dict.fromkeys((s.tensor, self.specs[s], self.recipe.rule_for(s)) for s in sound)
+        said = [f"{place} {spec}" + (f", the last {rule.window} tokens float" if rule and rule.window else "") for place, spec, rule in policies]
+        self.notes.append(f"cache of keys and values: {'; '.join(said)}; {before:,} bytes per token become {after:,.0f}")
+        return {"policies": said, "bytes_per_token": {"before": before, "after": after}}
 
     @property
     def _static(self) -> list[Site]:
@@ -495,6 +545,10 @@ class _Planner:
             if spec is None or p
         ]
         verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        if inside := [s for s in self.topology.activations if s in self.specs]:
+            # a policy of a cache, or a tensor inside a module: no other program's format has a word for it
+            why = f"{_names(map(str, inside))}: {self.specs[inside[0]]} inside the model is run by qcore alone, or after `import qcore.hf`"
+            verdicts = tuple(replace(v, reasons=(*v.reasons, why), parallel={}) for v in verdicts)
         if self.engine is not None:
             own = verdicts[list(ENGINES).index(self.engine)]
             self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]

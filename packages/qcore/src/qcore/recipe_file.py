@@ -21,6 +21,14 @@ A class is named by `name`, its fields are the other keys; nothing else is accep
     granularity = "tensor"
     observer = { name = "percentile", q = 0.9999 }  # optional: minmax finds the extremes
 
+    [[rules]]                                       # the cache of keys (after RoPE) and values: docs/kv-cache.md
+    sites = "*:[kv]"
+    format = { name = "int", bits = 4 }
+    granularity = "head"                            # one scale for each token and head
+    offset = "code"
+    when = "dynamic"
+    window = 0                                      # so many tokens at the end of the cache stay float
+
     [solver]
     name = "gptq"
     damp = 0.01
@@ -50,7 +58,7 @@ from qcore.recipe import AUTO_SCALE, CalibrationSettings, Recipe, Rule
 Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
-_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer")
+_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer", "window")
 _RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "allocator", "calibration", "propagate", "correct_bias")
 _PROPAGATE = ("float", "weights", "all")
 
@@ -220,6 +228,7 @@ class _Builder:
         if packing is not None and packing not in self.registry.packings:
             self.registry.packings[packing]  # raises NotFound with near names
         observer = self.named("observers", table["observer"], f"{where}.observer") if "observer" in table else None
+        window = self.coerce(table.get("window"), int | None, f"{where}.window")
         leave = self.coerce(table.get("float", False), bool, f"{where}.float")
         told = [k for k in _SPEC_KEYS if k in table]
         if leave:
@@ -229,7 +238,7 @@ class _Builder:
         scale = table.get("scale", AUTO_SCALE)
         own = {k: table[k] for k in told if k != "scale"} | ({} if scale == AUTO_SCALE else {"scale": scale})
         try:
-            return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where), observer)
+            return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where), observer, window)
         except SpecError as e:
             raise e if str(e).startswith("recipe ") else self.fail(where, str(e)) from e
 
@@ -424,6 +433,8 @@ def _rule_table(rule: Rule) -> Table:
         table["packing"] = rule.packing
     if rule.observer is not None:
         table["observer"] = _class_table(rule.observer)
+    if rule.window is not None:
+        table["window"] = rule.window
     return table
 
 
