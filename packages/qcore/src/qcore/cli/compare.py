@@ -26,7 +26,7 @@ def compare(
 
     Example: qcore compare zoo:tiny-llama out-gptq/ out-rtn/
     """
-    from qcore.cli._show import print_json, scores_row, table
+    from qcore.cli._show import print_json, score_name, scores_row, table
     from qcore.errors import SpecError
     from qcore.evaluation.report import megabytes
 
@@ -37,7 +37,7 @@ def compare(
         print_json([row.to_dict() for row in rows])
         return
     lines = [(row.name, megabytes(row.bytes) if row.bytes else "–", f"{row.bits:.2f}" if row.bits else "–", *scores_row(row.scores)) for row in rows]
-    table(("model", "size", "bits", "perplexity", f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(1, 2, 3, 4, 5))
+    table(("model", "size", "bits", score_name(rows[0].scores), f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(1, 2, 3, 4, 5))
     for row in rows:
         for note in row.notes:
             print(f"note: {row.name}: {note}")
@@ -65,11 +65,17 @@ def run_compare(
 
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
     first = opened[0]
-    path = text or first.evaluation
-    if path is None:
-        raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
-    length = window_length(window, first.model)
-    task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
+    task: Any
+    if first.data is not None:
+        task = first.data.chosen(None, text).task()
+        if task is None:
+            raise CalibrationError(f"{uris[0]} brings no evaluation data; pass a file with --eval")
+    else:
+        path = text or first.evaluation
+        if path is None:
+            raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
+        length = window_length(window, first.model)
+        task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
     del first
 
     def candidate(index: int) -> Any:

@@ -1,7 +1,8 @@
 """What quantization cost: tasks, metrics, comparisons, and the report beside a checkpoint."""
 
 from qcore.evaluation.compare import Candidate, compare
-from qcore.evaluation.data import TextPair, choose_text, default_window, evaluation_windows
+from qcore.evaluation.data import ImagePair, ModelData, TextPair, choose_text, default_window, evaluation_windows, inputs_of
+from qcore.evaluation.images import ImageClassification
 from qcore.evaluation.memory import MemoryMeter
 from qcore.evaluation.report import Report, read_report
 from qcore.evaluation.store import Reference
@@ -10,8 +11,11 @@ from qcore.evaluation.task import Agreement, LanguageModeling, Task
 __all__ = [
     "Agreement",
     "Candidate",
+    "ImageClassification",
+    "ImagePair",
     "LanguageModeling",
     "MemoryMeter",
+    "ModelData",
     "Reference",
     "Report",
     "Task",
@@ -20,5 +24,6 @@ __all__ = [
     "compare",
     "default_window",
     "evaluation_windows",
+    "inputs_of",
     "read_report",
 ]
