@@ -1,1 +1,17 @@
-"""qcore plug-in for re-parameterized networks (RepVGG and its kin).  It registers nothing yet."""
+"""Re-parameterized networks for qcore: RepVGG, MobileOne, RepViT and their kin; branches fused into one convolution, and CFWS."""
+
+from qcore.plugins import hookimpl
+
+
+@hookimpl
+def qcore_adapters():
+    from qplug_reparam.adapter import Reparam
+
+    return [Reparam]
+
+
+@hookimpl
+def qcore_sources():
+    from qplug_reparam.timm_source import TimmSource
+
+    return [TimmSource]
