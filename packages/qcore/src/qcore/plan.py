@@ -177,6 +177,7 @@ def make_plan(
     max_ram: int | None = None,
     stream: bool = False,
     eval_tokens: int = 0,
+    processes: int = 1,
 ) -> Plan:
     """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
 
@@ -184,9 +185,12 @@ def make_plan(
     max_ram:  bytes that the run may take; None = what the machine can give
     stream:   whether to stream a model that would fit
     eval_tokens: that the models will be compared on
+    processes: that share the machine; each may take its part of the memory
     """
     adapter.prepare(loaded.model)
-    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens).plan()
+    return _Planner(
+        loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens, processes
+    ).plan()
 
 
 @dataclass
@@ -200,6 +204,7 @@ class _Planner:
     max_ram: int | None = None
     stream: bool = False
     eval_tokens: int = 0
+    processes: int = 1
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
@@ -473,7 +478,7 @@ class _Planner:
             self.problems.append(problem)
         if self.stream and not streams:
             self.problems.append("the blocks of this model are not fed by the block before alone, so it cannot be streamed; leave out --stream")
-        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream)
+        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream, processes=self.processes)
 
     def _flops(self, decisions: Sequence[Decision], needs_data: bool) -> float:
         settings = self.recipe.calibration

@@ -33,6 +33,7 @@ from qcore.cli._options import (
     registry,
     window_length,
 )
+from qcore.processes import Alone
 
 if TYPE_CHECKING:
     from qcore.checkpoint.journal import Journal
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from qcore.model import LoadedModel, ModelAdapter
     from qcore.plan import Plan
     from qcore.plugins import Registry
+    from qcore.processes import Processes
     from qcore.recipe import Recipe
 
 
@@ -62,52 +64,61 @@ def quantize(
 ) -> None:
     """Quantize a model, prove that the checkpoint loads, and measure what it cost.
 
+    Several processes share the work: torchrun --nproc-per-node 2 -m qcore quantize ... (--max-ram is of each of them)
+
     Example: qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/
     """
     from qcore.budget import parse_bytes
-    from qcore.cli._progress import progress
+    from qcore.cli._progress import progress, silent
     from qcore.cli._run_folder import check_target, run_folder
     from qcore.cli._show import print_json, remark, show_plan, show_report
     from qcore.evaluation import MemoryMeter, choose_text
+    from qcore.processes import of_this_run
     from qcore.recipe_file import load_recipe
 
     limit = None if max_ram is None else parse_bytes(max_ram)
-    if check_target(out, force=force, resume=resume):
-        shutil.rmtree(run_folder(out), ignore_errors=True)
-        remark(f"{out}/ is finished; nothing was left to do")
-        return
-    meter = MemoryMeter()
-    own = registry()
-    overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
-    wanted = load_recipe(recipe, own, overrides)
-    started = time.perf_counter()
-    loaded, chosen = open_model(model, own, adapter)
-    seconds = {"load": time.perf_counter() - started}
-    own_data = loaded.data is not None
-    text = loaded.data.chosen(calib, evaluation) if own_data else choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
-    with progress(meter.sample) as report_progress:
-        job = Job(
-            loaded,
-            wanted,
-            chosen,
-            own,
-            text,
-            eval_tokens=eval_tokens,
-            window=window,
-            overrides=overrides,
-            seconds=seconds,
-            meter=meter,
-            max_ram=limit,
-            stream=stream,
-            resume=resume,
-            uri=model,
-        )
-        report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        show_report(report)
-        print(f"written: {out}/ and {out / 'report.json'}")
+    with of_this_run() as processes:
+        first = processes.rank == 0
+        if processes.agreed(first and check_target(out, force=force, resume=resume)):
+            if first:
+                shutil.rmtree(run_folder(out), ignore_errors=True)
+                remark(f"{out}/ is finished; nothing was left to do")
+            return
+        meter = MemoryMeter()
+        own = registry()
+        overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+        wanted = load_recipe(recipe, own, overrides)
+        started = time.perf_counter()
+        loaded, chosen = open_model(model, own, adapter)
+        seconds = {"load": time.perf_counter() - started}
+        own_data = loaded.data is not None
+        text = loaded.data.chosen(calib, evaluation) if own_data else choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+        with progress(meter.sample) if first else silent() as report_progress:
+            job = Job(
+                loaded,
+                wanted,
+                chosen,
+                own,
+                text,
+                eval_tokens=eval_tokens,
+                window=window,
+                overrides=overrides,
+                seconds=seconds,
+                meter=meter,
+                max_ram=limit,
+                stream=stream,
+                resume=resume,
+                uri=model,
+                processes=processes,
+            )
+            report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
+        if report is None:
+            return
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            show_report(report)
+            print(f"written: {out}/ and {out / 'report.json'}")
 
 
 @dataclass
@@ -168,6 +179,7 @@ class Job:
     resume: bool = False
     uri: str = ""
     steps: Steps | None = None
+    processes: "Processes" = field(default_factory=Alone)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -185,8 +197,11 @@ class Job:
 
 def run_quantize(
     job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
-) -> "Report":
-    """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
+) -> "Report | None":
+    """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was.
+
+    None in all processes but the first: they help to quantize, and are done then.
+    """
     from qcore.cli._run_folder import running_into
     from qcore.plan import make_plan
 
@@ -199,6 +214,7 @@ def run_quantize(
         has_data=has_data(job.recipe, job.text),
         max_ram=job.max_ram,
         stream=job.stream,
+        processes=job.processes.count,
         eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
     )
     plan.require()
@@ -207,7 +223,10 @@ def run_quantize(
         task = evaluation_task(job)
     show(plan)
     run = _Run(job, plan, batches, task, progress)
-    with running_into(out, content_of(job, batches), resume=job.resume) as (journal, folder):
+    with running_into(out, content_of(job, batches), resume=job.resume, processes=job.processes) as (journal, folder):
+        if job.processes.rank:
+            run.solved(journal)
+            return None
         reference = run.reference(journal.folder / "reference")
         result, proof = run.quantized(journal, folder)
         rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
@@ -250,21 +269,28 @@ class _Run:
             free(loaded.model)
             return reference
 
-    def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
-        """Quantize, save, and prove what was saved."""
-        job, loaded = self.job, self.job.loaded
-        with job.timed("quantize"):
+    def solved(self, journal: "Journal") -> Any:
+        """Quantize the model in place."""
+        with self.job.timed("quantize"):
             result = self.steps.quantize_model(
-                loaded,
-                job.recipe,
+                self.job.loaded,
+                self.job.recipe,
                 self.batches,
-                registry=job.registry,
-                adapter=job.adapter,
+                registry=self.job.registry,
+                adapter=self.job.adapter,
                 progress=self.progress,
                 journal=journal,
                 stream=self.stream,
                 keep=self.plan.budget.keep if self.plan.budget is not None else 2 << 30,
+                processes=self.job.processes,
             )
+            self.job.processes.part()
+            return result
+
+    def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
+        """Quantize, save, and prove what was saved."""
+        job, loaded = self.job, self.job.loaded
+        result = self.solved(journal)
         with job.timed("save"):
             self.steps.save(
                 result.model,
@@ -342,6 +368,7 @@ def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "recipe": dump(job.recipe),
         "calibration": data_hash(*(t for b in batches for t in inputs_of(b))) if batches else None,
         "threads": torch.get_num_threads(),
+        "processes": job.processes.count,
         "versions": dict(sorted(versions.items())),
     }
 
@@ -423,6 +450,7 @@ def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "model": job.uri or job.loaded.name,
         "weights": weights_fingerprint(job.loaded.reader),
         "threads": torch.get_num_threads(),
+        "processes": job.processes.count,
         "recipe": job.recipe.name,
         "toml": dump(job.recipe),
         "seed": job.recipe.calibration.seed,
