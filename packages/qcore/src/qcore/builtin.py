@@ -24,9 +24,19 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import (
+        AWQScale,
+        CrossLayerEqualize,
+        FoldBatchNorm,
+        FoldNorm,
+        HadamardRotate,
+        IfBeneficial,
+        Reorder,
+        SmoothQuant,
+        SplitColumns,
+    )
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
+    return [FoldBatchNorm, FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
 
 
 @hookimpl
@@ -41,11 +51,12 @@ def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import OnlineHadamard
+    from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, Nothing, *FLOAT_LEAVES]
 
 
 @hookimpl

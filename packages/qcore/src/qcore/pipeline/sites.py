@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Seen
-from qcore.errors import at
+from qcore.errors import CalibrationError, at
 from qcore.model.layers import layout
 from qcore.model.topology import Site
 from qcore.modules.online import Online
@@ -110,6 +110,8 @@ class SiteSolver:
                 whole = whole.clone()
                 whole[rows] = values
             param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
+        if self.wishes.corrects_bias(site) and getattr(owner, "bias", None) is not None:
+            owner.bias.data = owner.bias.data - bias_shift(matrix, values, seen).to(owner.bias.dtype)
         packing = self.wishes.packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(
@@ -150,3 +152,15 @@ class SiteSolver:
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
+
+
+def bias_shift(weight: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """(Ŵ - W)·E[x]: what the codes add to the mean of each output channel.  [N] float64
+
+    weight, values: [N, K];  seen: with the moments of the inputs, of each part's own where the rows of parts see different ones (grouped convolutions)
+    """
+    if "moments" not in seen:
+        raise CalibrationError("bias correction got no moments of the inputs; pass calibration batches")
+    mean = seen["moments"].mean.double()  # [K], or [P, K]
+    delta = (values - weight).double().unflatten(0, (mean.shape[0] if mean.ndim == 2 else 1, -1))
+    return (delta @ mean.reshape(delta.shape[0], -1, 1)).flatten()
