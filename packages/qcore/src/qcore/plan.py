@@ -341,7 +341,10 @@ class _Planner:
 
     def _check_rules(self) -> None:
         names = [str(s) for s in self.all_sites]
-        for rule in self.recipe.unmatched(self.all_sites):
+        # a transform that splits leaves says what it calls the parts: rules may name them before they are there
+        parts = {part for t in self.recipe.transforms for part in getattr(t, "parts", ())}
+        split = [Site(f"{s.module}.{part}", s.tensor, role=s.role) for s in self.all_sites for part in sorted(parts)]
+        for rule in self.recipe.unmatched([*self.all_sites, *split]):
             near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
             self.problems.append(
                 f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {self.loaded.name}; sites look like {' and '.join(near)} "

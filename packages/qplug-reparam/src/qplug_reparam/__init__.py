@@ -15,3 +15,24 @@ def qcore_sources():
     from qplug_reparam.timm_source import TimmSource
 
     return [TimmSource]
+
+
+@hookimpl
+def qcore_transforms():
+    from qplug_reparam.cfws import CFWS
+
+    return [CFWS]
+
+
+@hookimpl
+def qcore_observers():
+    from qplug_reparam.metrics import ImprovedKL
+
+    return [ImprovedKL]
+
+
+@hookimpl
+def qcore_recipes():
+    from pathlib import Path
+
+    return [Path(__file__).parent / "recipes"]
