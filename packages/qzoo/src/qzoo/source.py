@@ -38,7 +38,7 @@ class Zoo(ModelSource):
         if name == "tiny-repvgg" and "timm" not in sources:
             raise NotFound("zoo:tiny-repvgg is read by the source 'timm', which no installed plug-in brings: pip install qplug-reparam")
         loaded = load_source(str(path), sources)
-        if loaded.data is not None:
+        if name == "tiny-repvgg":
             loaded = replace(loaded, data=_with_images(loaded.data, FASHION))
         notes = notes or loaded.notes
         reads_text = loaded.tokenizer is not None
