@@ -23,7 +23,8 @@ from typing import Any
 import evidence
 from evidence import CACHE, ROOT, code_files, code_hash, missing
 
-evidence.ROOMS += ["packages/qplug-reparam/src", "packages/qcore/src/qcore/evaluation/images.py"]
+_OWN = ("branches", "cfws", "fuse", "metrics")
+evidence.ROOMS += [*(f"packages/qplug-reparam/src/qplug_reparam/{f}.py" for f in _OWN), "packages/qcore/src/qcore/evaluation/images.py"]
 
 SEEDS = 5
 PAGE = ROOT / "docs" / "evidence" / "reparam.md"

@@ -36,3 +36,10 @@ def qcore_recipes():
     from pathlib import Path
 
     return [Path(__file__).parent / "recipes"]
+
+
+@hookimpl
+def qcore_commands():
+    from qplug_reparam.commands import reparam
+
+    return [reparam]

@@ -14,7 +14,7 @@ taken as they are.  A folder that says "deployed": true must hold fused weights.
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,6 +179,7 @@ def _loaded(uri: str, description: Description, reader: TensorReader, notes: tup
     model, fused = fuse_structure(branched)
     stored = set(reader.names())
     deployed = _deployed(uri, description, fused, stored)
+    source = reader
     if fused and not deployed:
         if missing := sorted(expected - stored):
             raise CheckpointError(f"{uri}: the weights lack {len(missing)} tensors of the model, {missing[0]} first; are they of this architecture?")
@@ -188,7 +189,7 @@ def _loaded(uri: str, description: Description, reader: TensorReader, notes: tup
     dtypes = {reader[name].dtype for name in list(model.state_dict())[:1]}
     return LoadedModel(
         model=model,
-        reader=_Kept(reader, set(model.state_dict())),
+        reader=FusedWeights(reader, set(model.state_dict()), () if deployed else fused, source, description),
         name=uri,
         dtype=next(iter(dtypes)),
         source=TimmSource.name,
@@ -212,11 +213,32 @@ def _deployed(uri: str, description: Description, fused: Iterable[Branches], sto
     return bool(blocks) and not lack
 
 
-class _Kept:
-    """A reader without the tensors that the model does not have, such as counters of batches in a batch norm that is gone."""
+class FusedWeights:
+    """The weights of a network as it is deployed, and those that it was trained with.
 
-    def __init__(self, reader: TensorReader, names: set[str]) -> None:
-        self._reader, self._names = reader, names
+    Counters of batches in a batch norm that is gone are left out.
+
+    fused:  what was fused; () where the weights came that way
+    source: the weights with branches
+    """
+
+    def __init__(self, reader: TensorReader, names: set[str], fused: Sequence[Branches], source: TensorReader, description: Description) -> None:
+        self._reader, self._names, self._description = reader, names, description
+        self.fused, self.source = tuple(fused), source
+
+    def branched(self) -> nn.Module:
+        """The network as it was trained, in memory and in eval mode."""
+        model = build(self._description)
+        model.load_state_dict({name: self.source[name] for name in model.state_dict()}, assign=True)
+        return model.eval()
+
+    def probe(self, loaded: LoadedModel, count: int) -> torch.Tensor:
+        """Images to compare outputs on: of the calibration data, or noise of the right shape where there is none.  [count, C, H, W]"""
+        data, preprocessing = loaded.data, self._description.preprocessing
+        if data is not None and data.calibration is not None:
+            return data.calibration.preprocessing(data.calibration.read()[0][:count])
+        size = (3, 224, 224) if preprocessing is None else preprocessing.size
+        return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
     def names(self) -> Iterable[str]:
         # what is no counter and not of the model stays, so that the plan can say so
