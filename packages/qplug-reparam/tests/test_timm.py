@@ -13,7 +13,7 @@ from qcore.model import adapter_for, load_source
 from qcore.pipeline import load_in_memory
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
-from qcore.recipe_file import load_recipe
+from qcore.recipe_file import load_recipe, parse_recipe
 from qcore.testing import check_adapter
 from qplug_reparam.adapter import Reparam
 from qplug_reparam.fuse import fuse
@@ -158,6 +158,14 @@ def test_zoo_model_brings_its_images(registry):
     task = loaded.data.task()
     assert task.pixels.shape == (1000, 1, 28, 28)
     assert task.sample().shape == (8, 1, 32, 32)
+
+
+@pytest.mark.parametrize(("part", "problems"), [("fine", 0), ("fin", 1)])
+def test_rules_may_name_the_parts_of_a_split_before_they_are_there(files, registry, part, problems):
+    rule = f'[[rules]]\nsites = "*.{part}:weight"\nformat = {{ name = "int", bits = 6 }}\ngranularity = "channel"\n'
+    recipe = parse_recipe(f'extends = "cfws-w8a8"\n{rule}', registry)
+    loaded = load_source(str(files / "model"), registry.sources)
+    assert len(make_plan(loaded, recipe, Reparam(), registry).problems) == problems
 
 
 # the whole path
