@@ -24,6 +24,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
 BLOCKS = [{"type": "rep", "d": 1, "c": 8, "s": 1, "gs": 0}, {"type": "rep", "d": 2, "c": 16, "s": 2, "gs": 4}]
+AMOUNT = ("--set", "calibration.samples=32")
 CFG = {"blocks": BLOCKS, "stem_type": "rep", "stem_chs": 8}
 
 
@@ -174,7 +175,7 @@ def test_rules_may_name_the_parts_of_a_split_before_they_are_there(files, regist
 @pytest.fixture(scope="module")
 def written(files) -> Path:
     out = files / "out"
-    options = ["--calib", str(files / "calib.safetensors"), "--eval", str(files / "eval.safetensors"), "--set", "calibration.samples=32"]
+    options = ["--calib", str(files / "calib.safetensors"), "--eval", str(files / "eval.safetensors"), *AMOUNT]
     assert main(["quantize", str(files / "model"), "--recipe", "cfws-w8a8", "-o", str(out), *options]) == 0
     return out
 
@@ -190,8 +191,10 @@ def test_quantize_writes_a_checkpoint_with_proof_and_accuracy(written):
     sites = [row["site"] for row in report["sites"]]
     assert "stem.reparam_conv.coarse:weight" in sites
     assert "stem.reparam_conv.fine:weight" in sites
-    coarse = load_file(written / "model.safetensors")
-    assert any("coarse" in name for name in coarse)
+    assert scores["sqnr_db"] > 30
+    (file,) = written.glob("*.safetensors")
+    shapes = {name: tuple(t.shape) for name, t in load_file(file).items()}
+    assert any(name.startswith("stem.reparam_conv.coarse") and shape == (8, 1) for name, shape in shapes.items())  # one tap, one input channel
 
 
 def test_the_checkpoint_opens_in_a_fresh_process(written):
@@ -210,7 +213,7 @@ def test_a_batch_of_another_size_gives_the_same_answers(written):
 def test_images_of_another_size_end_before_the_computation(files, tmp_path, capsys):
     small = tmp_path / "small.safetensors"
     save_file({"images": torch.zeros(64, 9, 9, dtype=torch.uint8)}, small)
-    assert main(["quantize", str(files / "model"), "--recipe", "cfws-w8a8", "-o", str(tmp_path / "out"), "--calib", str(small)]) == 2
+    assert main(["quantize", str(files / "model"), "--recipe", "cfws-w8a8", "-o", str(tmp_path / "out"), "--calib", str(small), *AMOUNT]) == 2
     assert "1×9×9 are no input of this model, which reads 1×12×12" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -219,7 +222,7 @@ def test_a_channel_of_zeros_survives_the_whole_path(files, tmp_path, tiny):
     model = fuse(tiny)
     model.get_submodule("stages.0.0.reparam_conv").weight.data[2] = 0
     folder = write_folder(tmp_path / "zeros", model.state_dict())
-    options = ["--calib", str(files / "calib.safetensors"), "--eval", str(files / "eval.safetensors"), "--set", "calibration.samples=32"]
+    options = ["--calib", str(files / "calib.safetensors"), "--eval", str(files / "eval.safetensors"), *AMOUNT]
     assert main(["quantize", str(folder), "--recipe", "cfws-w8a8", "-o", str(tmp_path / "out"), *options]) == 0
     scores = json.loads((tmp_path / "out" / "report.json").read_text())["quality"]["scores"]
     assert scores["sqnr_db"] > 20
