@@ -95,5 +95,12 @@ def qcore_tasks():
 
 
 @hookimpl
+def qcore_exporters():
+    from qcore.checkpoint.exporters import OnnxExporter
+
+    return [OnnxExporter]
+
+
+@hookimpl
 def qcore_recipes():
     return [Path(__file__).parent / "recipes"]

@@ -15,14 +15,17 @@ from torch import nn
 
 from qcore.budget import Budget, Work, choose_budget, footprint, too_small
 from qcore.calibration.ranges import range_observer
+from qcore.engines import ENGINES, Verdict, Weight
 from qcore.errors import NotFound, PlanError, QcoreError, SpecError
 from qcore.model.adapter import ModelAdapter
 from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
+from qcore.modules.conv import QuantizedConv
 from qcore.numbers import QuantSpec, quantize
 from qcore.numbers.granularity import Shape
+from qcore.ops.conv import ConvJob
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
@@ -82,6 +85,7 @@ class Plan:
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
+    engines:       what programs that serve checkpoints make of it
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
     """
 
@@ -98,6 +102,7 @@ class Plan:
     flops: float = 0.0
     budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    engines: tuple[Verdict, ...] = ()
 
     @property
     def effective_bits(self) -> float | None:
@@ -161,6 +166,7 @@ class Plan:
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
             "transforms": [asdict(t) for t in self.transforms],
+            "engines": [v.to_dict() for v in self.engines],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
         }
@@ -178,6 +184,8 @@ def make_plan(
     stream: bool = False,
     eval_tokens: int = 0,
     processes: int = 1,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
 
@@ -186,10 +194,25 @@ def make_plan(
     stream:   whether to stream a model that would fit
     eval_tokens: that the models will be compared on
     processes: that share the machine; each may take its part of the memory
+    engine:   the program that is to serve the checkpoint, one of `qcore.engines.ENGINES`: what stands against it is a problem then
+    tensor_parallel: over how many devices it is to be split
     """
+    if engine is not None and engine not in ENGINES:
+        raise NotFound(f"there is no engine {engine!r}; have: {', '.join(ENGINES)}")
     adapter.prepare(loaded.model)
     return _Planner(
-        loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens, processes
+        loaded,
+        recipe,
+        adapter.topology(loaded.model),
+        registry,
+        has_data,
+        torch.device(device),
+        max_ram=max_ram,
+        stream=stream,
+        eval_tokens=eval_tokens,
+        processes=processes,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
     ).plan()
 
 
@@ -205,6 +228,8 @@ class _Planner:
     stream: bool = False
     eval_tokens: int = 0
     processes: int = 1
+    engine: str | None = None
+    tensor_parallel: int = 1
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
@@ -244,6 +269,7 @@ class _Planner:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         coverage = self._coverage(needs_data)
         self._flush_alike()
+        engines = self._engines(decisions)
         left = self._left_float()
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
@@ -268,6 +294,7 @@ class _Planner:
             flops=flops,
             budget=budget,
             coverage=coverage,
+            engines=engines,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -317,12 +344,13 @@ class _Planner:
         return None
 
     def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
-        """The kernel expected to run it; None where neither the module nor a part of it is a linear layer, whose op is known when it is replaced."""
-        if not isinstance(module, nn.Linear) and site.part is None:
+        """The kernel expected to run it; None where it is neither a linear layer nor a convolution: its op is known when it is replaced."""
+        conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not isinstance(module, nn.Linear) and site.part is None and not conv:
             return None
         try:
-            unpack = partial(packing.unpack, spec=spec, shape=shape)
-            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, self.loaded.dtype, unpack))
+            about = (packing.name, spec, shape, activation, self.device, self.loaded.dtype, partial(packing.unpack, spec=spec, shape=shape))
+            return choose(self.kernels, ConvJob("conv", *about, QuantizedConv.geometry_of(module)) if conv else Job("linear", *about))
         except NotFound as e:
             self._problem(site, str(e))
             return None
@@ -456,6 +484,24 @@ class _Planner:
             "minimum": settings.minimum,
             "below": settings.below,
         }
+
+    def _engines(self, decisions: Sequence[Decision]) -> tuple[Verdict, ...]:
+        """What serving programs make of it: of language models all that are known, else the one that was asked for."""
+        config = getattr(self.model, "config", None)
+        if self.engine is None and not hasattr(config, "num_attention_heads"):
+            return ()
+        packings = {d.site: d.packing for d in decisions}
+        weights = [
+            Weight(s.module if s.part is None else f"{s.module}.{s.tensor}.{s.part}", matrix_shape(self.model.get_submodule(s.module), s), spec, a, p)
+            for s in self.sites
+            for spec, a, p in [(self.specs.get(s), self.specs.get(s.input), packings.get(str(s), ""))]
+            if spec is None or p
+        ]
+        verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        if self.engine is not None:
+            own = verdicts[list(ENGINES).index(self.engine)]
+            self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]
+        return verdicts
 
     def _share(self, decision: Decision) -> float:
         """The share of tokens that a weight sees: an expert is not always chosen."""

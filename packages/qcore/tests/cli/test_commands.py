@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = [
-    ["quantize"], ["plan"], ["eval"], ["compare"], ["explain"], ["bench"], ["methods"], ["recipes", "list"], ["recipes", "show"], ["plugins", "list"],
-    ["plugins", "doctor"],
+    ["quantize"], ["plan"], ["eval"], ["compare"], ["explain"], ["bench"], ["export"], ["methods"], ["recipes", "list"], ["recipes", "show"],
+    ["plugins", "list"], ["plugins", "doctor"],
 ]  # fmt: skip
 
 

@@ -19,10 +19,12 @@ import typer
 from qcore.cli._options import (
     AdapterOption,
     CalibOption,
+    EngineOption,
     EvalOption,
     JsonOption,
     MaxRamOption,
     ModelArg,
+    ParallelOption,
     RecipeOption,
     SelectOption,
     SetOption,
@@ -58,6 +60,8 @@ def quantize(
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
+    engine: EngineOption = None,
+    tensor_parallel: ParallelOption = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
@@ -110,6 +114,8 @@ def quantize(
                 resume=resume,
                 uri=model,
                 processes=processes,
+                engine=engine,
+                tensor_parallel=tensor_parallel,
             )
             report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
         if report is None:
@@ -180,6 +186,8 @@ class Job:
     uri: str = ""
     steps: Steps | None = None
     processes: "Processes" = field(default_factory=Alone)
+    engine: str | None = None
+    tensor_parallel: int = 1
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -215,6 +223,8 @@ def run_quantize(
         max_ram=job.max_ram,
         stream=job.stream,
         processes=job.processes.count,
+        engine=job.engine,
+        tensor_parallel=job.tensor_parallel,
         eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
     )
     plan.require()

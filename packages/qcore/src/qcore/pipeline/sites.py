@@ -24,12 +24,13 @@ from qcore.pipeline.wishes import Wishes
 
 @dataclass(frozen=True)
 class Solution:
-    """The codes of one weight.  error, of: see `SiteRecord`; seconds: of the solver"""
+    """The codes of one weight.  error, of: see `SiteRecord`; seconds: of the solver; shift: what the layer's bias is to lose, [N], or None"""
 
     codes: QTensor
     error: float
     of: str
     seconds: float
+    shift: Tensor | None = None
 
 
 def shared_out(costs: Sequence[float], count: int) -> list[int]:
@@ -78,8 +79,12 @@ class SiteSolver:
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
-        errors = [relative_error(m, piece.dequantize().to(m.dtype), seen.get("gram")) for m, piece in zip(matrices, pieces, strict=True)]
-        return [Solution(piece, error, of, seconds) for piece, (error, of) in zip(pieces, errors, strict=True)]
+        found = []
+        for site, matrix, piece in zip(sites, matrices, pieces, strict=True):
+            values = piece.dequantize().to(matrix.dtype)
+            shift = bias_shift(matrix, values, seen) if self.wishes.corrects_bias(site) else None
+            found.append(Solution(piece, *relative_error(matrix, values, seen.get("gram")), seconds, shift))
+        return found
 
     def _matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
@@ -111,8 +116,8 @@ class SiteSolver:
                 whole[rows] = values
             param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
         bias = getattr(owner, "bias", None)
-        if self.wishes.corrects_bias(site) and isinstance(bias, nn.Parameter):
-            bias.data = bias.data - bias_shift(matrix, values, seen).to(bias.dtype)
+        if solution.shift is not None and isinstance(bias, nn.Parameter):
+            bias.data = bias.data - solution.shift.to(bias.dtype)
         packing = self.wishes.packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(

@@ -119,7 +119,7 @@ def _fold(model: nn.Module, reader: TensorReader, layer: str, norm: str, zero_va
 def _refuse_dead_channels(leaf: nn.Module, weight: str, t: Tensor, norm: str, reader: TensorReader) -> None:
     """SpecError where a channel without variance would come out with the largest weights of its layer.
 
-    Pruned and decayed channels have none either, and weights of about 1e-7 (four of EfficientNet-Lite0's stem): folded, they stay far below the others.
+    Pruned and decayed channels have none either, and weights near 1e-7 (four of EfficientNet-Lite0's stem): folded, they stay far below the others.
     """
     still = reader[f"{norm}.running_var"] == 0
     if not bool(still.any()):
@@ -128,9 +128,9 @@ def _refuse_dead_channels(leaf: nn.Module, weight: str, t: Tensor, norm: str, re
     rest = folded[~still].max() if bool((~still).any()) else torch.zeros(())
     if loud := (still & (folded > rest)).nonzero().flatten().tolist():
         raise SpecError(
-            f"{norm}: the variance of channel {loud[0]} is 0, but its weights in {weight} are not; folded, they would be multiplied by γ/√eps and reach "
-            f"{float(folded[loud[0]]):.3g}, those of all other channels {float(rest):.3g}.  Take the statistics anew on data that reaches the channel, "
-            'or fold it all the same with zero_variance = "fold"'
+            f"{norm}: the variance of channel {loud[0]} is 0, but its weights in {weight} are not; folded, they would be multiplied by γ/√eps and "
+            f"reach {float(folded[loud[0]]):.3g}, those of all other channels {float(rest):.3g}.  Take the statistics anew on data that reaches the "
+            'channel, or fold it all the same with zero_variance = "fold"'
         )
 
 
