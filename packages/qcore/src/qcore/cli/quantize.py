@@ -262,6 +262,7 @@ class _Run:
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""
         from qcore.evaluation import Reference
+        from qcore.pipeline.floats import require_finite_weights
 
         if self.task is None:
             return None
@@ -273,7 +274,7 @@ class _Run:
                 forward: Any = self.steps.streamed_float(loaded, self.job.adapter)
             else:
                 forward = self.steps.float_forward(loaded, self.job.adapter)
-                check_finite(loaded.model)
+                require_finite_weights(loaded.model)
             reference = self.task.reference(forward, place, self.progress)
             del forward
             free(loaded.model)
@@ -406,6 +407,7 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     from qcore.calibration.text import start_batches, to_batches
     from qcore.errors import CalibrationError
     from qcore.evaluation import TextPair
+    from qcore.pipeline.floats import require_finite_weights
 
     settings, model = job.recipe.calibration, job.loaded.model
     if not isinstance(job.text, TextPair):
@@ -422,20 +424,10 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     if windows is None:
         own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
         (job.steps or Steps.real()).float_forward(job.loaded, job.adapter)
-        check_finite(model)
+        require_finite_weights(model)
         windows = settings.source.windows(model, settings, own, progress)
         free(model)
     return [*to_batches(windows, settings.batch), *start_batches(windows, settings.starts, settings.starts_weight, settings.seed)]
-
-
-def check_finite(model: Any) -> None:
-    """SpecError that names the first weight with a NaN or an infinity; it would spoil every output, and the reference with it."""
-    from qcore.errors import at
-    from qcore.numbers.tensor import require_finite
-
-    for name, parameter in model.named_parameters():
-        with at(name):
-            require_finite(parameter)
 
 
 def free(model: Any) -> None:
@@ -521,7 +513,7 @@ def make_report(
         values = 1
         for n in r.shape:
             values *= n
-        sites.append(SiteRow(r.site, r.spec, r.solver, r.packing, kernel, refused, r.error, r.of, r.bits, r.nbytes, values, r.seconds))
+        sites.append(SiteRow(r.site, r.spec, r.solver, r.packing, kernel, refused, r.error, r.of, r.bits, r.nbytes, values, r.seconds, r.remarks))
     quantized = sum(row.values for row in sites)
     packed = sum(row.bytes for row in sites)
     parameters = sum(p.numel() for p in job.loaded.model.parameters()) if not records else plan.bytes_before // job.loaded.dtype.itemsize

@@ -76,7 +76,7 @@ def quantize_model(
     with run.timed("bind"):
         run.bind()
     run.result.rewrite = run.skeleton.rewrite
-    run.result.notes += run.skeleton.rewrite.notes
+    run.result.notes += [*run.skeleton.rewrite.notes, *_said(run.result.sites)]
     return run.result
 
 
@@ -416,7 +416,7 @@ class _Run:
         else:
             materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.coverage.restore(data.get("coverage", ()))
-        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
+        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"]), "remarks": tuple(r["remarks"])}) for r in data["records"]]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -430,3 +430,12 @@ class _Run:
 def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Observer, ...]]:
     """The same wishes, with the rows of every part of a fused stack counted: a part may see none."""
     return {site: (*observers, Rows()) if site.part is not None and observers else tuple(observers) for site, observers in wants.items()}
+
+
+def _said(records: Sequence[SiteRecord]) -> list[str]:
+    """The remarks on all weights, each once."""
+    places: dict[str, list[str]] = {}
+    for r in records:
+        for text in r.remarks:
+            places.setdefault(text, []).append(r.site)
+    return [f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {text}" for text, sites in places.items()]

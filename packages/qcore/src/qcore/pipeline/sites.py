@@ -20,16 +20,22 @@ from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, sp
 from qcore.pipeline.record import SiteRecord, relative_error
 from qcore.pipeline.views import leaf_at, rows_of
 from qcore.pipeline.wishes import Wishes
+from qcore.remarks import listening, remark
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The codes of one weight.  error, of: see `SiteRecord`; seconds: of the solver; shift: what the layer's bias is to lose, [N], or None"""
+    """The codes of one weight.
+
+    error, of, remarks: see `SiteRecord`;  seconds: of the solver
+    shift: what the layer's bias is to lose, [N], or None
+    """
 
     codes: QTensor
     error: float
     of: str
     seconds: float
+    remarks: tuple[str, ...] = ()
     shift: Tensor | None = None
 
 
@@ -75,15 +81,17 @@ class SiteSolver:
                 self.wishes.spec(site).check(tuple(matrix.shape))
                 require_finite(matrix)
         started = time.perf_counter()
-        with at(", ".join(map(str, sites))):
+        with at(", ".join(map(str, sites))), listening() as heard:
+            _look_at(seen.get("gram"))
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
         found = []
         for site, matrix, piece in zip(sites, matrices, pieces, strict=True):
             values = piece.dequantize().to(matrix.dtype)
+            error, of = relative_error(matrix, values, seen.get("gram"))
             shift = bias_shift(matrix, values, seen) if self.wishes.corrects_bias(site) else None
-            found.append(Solution(piece, *relative_error(matrix, values, seen.get("gram")), seconds, shift))
+            found.append(Solution(piece, error, of, seconds, (*heard, *_remarks_on(matrix)), shift))
         return found
 
     def _matrix(self, site: Site) -> Tensor:
@@ -131,6 +139,7 @@ class SiteSolver:
             bits=round(8 * nbytes / prod(q.shape), 4),
             nbytes=nbytes,
             seconds=round(solution.seconds, 4),
+            remarks=solution.remarks,
         )
 
     def replace(self, path: str, solved: Mapping[Site, QTensor], inputs: Mapping[Site, Mapping[str, Tensor]]) -> None:
@@ -170,3 +179,18 @@ def bias_shift(weight: Tensor, values: Tensor, seen: Seen) -> Tensor:
     mean = seen["moments"].mean.double()  # [K], or [P, K]
     delta = (values - weight).double().unflatten(0, (mean.shape[0] if mean.ndim == 2 else 1, -1))
     return (delta @ mean.reshape(delta.shape[0], -1, 1)).flatten()
+
+
+def _look_at(gram: Tensor | None) -> None:
+    """Remark on inputs that calibration did not see."""
+    if gram is None:
+        return
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if dead := int((diagonal == 0).sum()):
+        remark(f"{dead} of {diagonal.numel()} inputs were zero on all calibration rows; their weights are rounded to nearest")
+
+
+def _remarks_on(matrix: Tensor) -> tuple[str, ...]:
+    """What is unusual about a float weight."""
+    empty = int((matrix == 0).all(1).sum())
+    return (f"{empty} of {matrix.shape[0]} rows are all zero",) if empty else ()
