@@ -116,6 +116,13 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, tiny, registry):
         load_source(str(write_folder(tmp_path / "lack", tensors)), registry.sources)
 
 
+def test_norms_without_variance_are_noted_when_a_model_is_loaded(tmp_path, tiny, registry):
+    tensors = {n: t.clone() for n, t in tiny.state_dict().items()}
+    tensors["stages.0.0.identity.running_var"][[1, 4]] = 0
+    loaded = load_source(str(write_folder(tmp_path / "silent", tensors)), registry.sources)
+    assert loaded.notes[1].startswith("2 channels of 1 batch norms have a running variance of 0, stages.0.0.identity first")
+
+
 @pytest.mark.parametrize(
     ("uri", "error", "says"),
     [

@@ -185,7 +185,11 @@ def _loaded(uri: str, description: Description, reader: TensorReader, notes: tup
             raise CheckpointError(f"{uri}: the weights lack {len(missing)} tensors of the model, {missing[0]} first; are they of this architecture?")
         reader = FusedReader(reader, fused)
         blocks = sum(b.branched for b in fused)
-        notes = (*notes, f"{blocks} blocks of branches are fused into one convolution each; the float model is the fused one")
+        notes = (
+            *notes,
+            f"{blocks} blocks of branches are fused into one convolution each; the float model is the fused one",
+            *_silent(fused, source),
+        )
     dtypes = {reader[name].dtype for name in list(model.state_dict())[:1]}
     return LoadedModel(
         model=model,
@@ -196,6 +200,17 @@ def _loaded(uri: str, description: Description, reader: TensorReader, notes: tup
         write_companions=lambda folder: write_description(folder, description),
         notes=notes,
         data=None if description.preprocessing is None else ImagePair(None, None, description.preprocessing),
+    )
+
+
+def _silent(fused: Iterable[Branches], reader: TensorReader) -> tuple[str, ...]:
+    """A note where running variances are zero: what never varied in training has a gain of γ / √ε, often hundreds, as soon as it does."""
+    norms = [path for b in fused for path in b.paths if f"{path}.running_var" in reader]
+    found = {path: n for path in norms if (n := int((reader[f"{path}.running_var"] == 0).sum()))}
+    if not found:
+        return ()
+    return (
+        f"{sum(found.values())} channels of {len(found)} batch norms have a running variance of 0, {next(iter(found))} first: their gain is γ / √ε",
     )
 
 
