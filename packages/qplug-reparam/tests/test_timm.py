@@ -15,12 +15,14 @@ from qcore.plan import make_plan
 from qcore.plugins import load_registry
 from qcore.recipe_file import load_recipe, parse_recipe
 from qcore.testing import check_adapter
+from qcore.testing.models import randomize
 from qplug_reparam.adapter import Reparam
 from qplug_reparam.fuse import fuse
 from qplug_reparam.report import EXACT, lines, picture, report_model
 from qplug_reparam.timm_source import TimmSource, parse
 from safetensors.torch import load_file, save_file
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.repvit import RepVit
 from torch import nn
 
 BLOCKS = [{"type": "rep", "d": 1, "c": 8, "s": 1, "gs": 0}, {"type": "rep", "d": 2, "c": 16, "s": 2, "gs": 4}]
@@ -87,6 +89,28 @@ def test_the_loaded_model_is_the_one_with_branches(files, tiny, registry):
 def test_links_of_a_fused_repvgg_are_true(tiny):
     torch.manual_seed(0)
     check_adapter(Reparam(), fuse(tiny), torch.randn(2, 1, 12, 12))
+
+
+def mobileone() -> nn.Module:
+    blocks = (
+        ByoBlockCfg(type="one", d=2, c=8, s=1, gs=0, block_kwargs={"num_conv_branches": 2}),
+        ByoBlockCfg(type="one", d=1, c=16, s=2, gs=1),
+    )
+    return ByobNet(ByoModelCfg(blocks=blocks, stem_type="one", stem_chs=8), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "family", [mobileone, lambda: RepVit(embed_dim=(8, 16), depth=(1, 1), num_classes=3, distillation=False)], ids=["mobileone", "repvit"]
+)
+def test_other_families_are_fused_whole_and_their_links_are_true(family):
+    torch.manual_seed(0)
+    model = randomize(family()).double().eval()
+    fused = fuse(model)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images), model(images), rtol=1e-10, atol=1e-12)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    check_adapter(Reparam(), fused, images)
 
 
 def test_a_deployed_state_dict_is_taken_as_it_is(tmp_path, tiny, registry):
