@@ -25,11 +25,7 @@ from qcore.remarks import listening, remark
 
 @dataclass(frozen=True)
 class Solution:
-    """The codes of one weight.
-
-    error, of, remarks: see `SiteRecord`;  seconds: of the solver
-    shift: what the layer's bias is to lose, [N], or None
-    """
+    """The codes of one weight.  error, of, remarks: see `SiteRecord`; seconds: of the solver; shift: what the bias is to lose, [N], or None"""
 
     codes: QTensor
     error: float
@@ -89,9 +85,9 @@ class SiteSolver:
         found = []
         for site, matrix, piece in zip(sites, matrices, pieces, strict=True):
             values = piece.dequantize().to(matrix.dtype)
-            error, of = relative_error(matrix, values, seen.get("gram"))
             shift = bias_shift(matrix, values, seen) if self.wishes.corrects_bias(site) else None
-            found.append(Solution(piece, error, of, seconds, (*heard, *_remarks_on(matrix)), shift))
+            remarks = (*heard, *_remarks_on(matrix))
+            found.append(Solution(piece, *relative_error(matrix, values, seen.get("gram")), seconds, remarks, shift))
         return found
 
     def _matrix(self, site: Site) -> Tensor:
