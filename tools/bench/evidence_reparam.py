@@ -59,13 +59,13 @@ METHODS: dict[str, tuple[tuple[str, ...], str]] = {
 
 # what the table shows, to be read again whenever the cells were computed anew
 FINDINGS = [
-    "- One weight scale for each tensor destroys the network at 8 bits (top-1 of a guess): the identity branch leaves a middle tap up to 650 times the",
-    "  ring (`qcore reparam zoo:tiny-repvgg`, [picture](reparam.svg)).",
-    "- One scale for each channel loses a point or two; CFWS with min-max loses nothing that 1,000 images can show, and its KL divergence is smaller by",
-    "  more than a factor of ten. Splitting the whole kernel, the ablation, comes closer to the float model still, for twice the products.",
-    "- The metric of activations decides more than the split does, and min-max is the one to take here: TensorRT's KL clips far too early (half of the",
-    "  accuracy is gone), the improved KL (inferred) less early but too early as well. Its guard, which compares squared errors, then puts min-max in",
-    "  its place at every layer, so the guarded rows are those of min-max. Squared error is as good as min-max in accuracy.",
+    "- One weight scale for each tensor destroys the network at 8 bits (top-1 of a guess): the identity branch leaves a middle tap up to 650 times",
+    "  the ring (`qcore reparam zoo:tiny-repvgg`, [picture](reparam.svg)).",
+    "- One scale for each channel loses a point or two; CFWS with min-max loses nothing that 1,000 images can show, and its KL divergence is smaller",
+    "  by more than a factor of ten. Splitting the whole kernel, the ablation, comes closer to the float model still, for twice the products.",
+    "- The metric of activations decides more than the split does, and min-max is the one to take here: TensorRT's KL clips far too early (half of",
+    "  the accuracy is gone), the improved KL (inferred) less early but too early as well. Its guard, which compares squared errors, then puts",
+    "  min-max in its place at every layer, so the guarded rows are those of min-max. Squared error is as good as min-max in accuracy.",
     "- At 4 bits nothing here is usable: CFWS does not make 4-bit weights of this network good. GPTQ helps most.",
 ]
 
