@@ -66,10 +66,11 @@ class TimmSource(ModelSource):
             return _loaded(uri, read_description(folder), SafetensorsReader(folder / _WEIGHTS))
         name, weights, options = parse(uri)
         description = _described(Description("timm.create_model", name, options))
+        notes: tuple[str, ...] = ()
         if weights.partition(":")[0] == "random":
             reader, notes = _random(description, weights, uri), ("weights are random: no figure here says anything about a trained model",)
         else:
-            reader, notes = read_weights(Path(weights)), ()
+            reader = read_weights(Path(weights))
         return _loaded(uri, description, reader, notes)
 
     def skeleton(self, folder: Path) -> nn.Module:
@@ -294,7 +295,7 @@ def read_description(folder: Path) -> Description:
         if "preprocessing" in config:
             p = config["preprocessing"]
             size = tuple(config["input_size"])
-            preprocessing = Preprocessing(size, tuple(p["mean"]), tuple(p["std"]), p.get("pad", 0), p.get("crop", 0.875))  # type: ignore[arg-type]
+            preprocessing = Preprocessing(size, tuple(p["mean"]), tuple(p["std"]), p.get("pad", 0), p.get("crop", 0.875))
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"{path} lacks {e} for the architecture {architecture!r}") from e
     return Description(architecture, model, options, preprocessing, bool(config.get("deployed", False)))
