@@ -62,7 +62,8 @@ def test_help_is_quick_and_nothing_heavy_is_imported(tmp_path: Path) -> None:
 def test_recipes_list_and_show(run) -> None:
     rows = run("recipes", "list", "--json").json
     assert {r["name"] for r in rows} == {
-        "w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "smoothquant-w8a8", "fp8"
+        "w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "smoothquant-w8a8", "fp8",
+        "mxfp4", "nvfp4", "kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4"
     }  # fmt: skip
     assert all(r["description"] and r["from"] == "qcore" for r in rows)
     assert "w4a16-gptq" in run("recipes", "list").out
