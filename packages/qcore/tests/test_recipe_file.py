@@ -143,7 +143,7 @@ def test_shipped_recipes_are_those_promised() -> None:
     names = {p.stem for p in RECIPES.glob("*.toml")}
     weights = {"w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"}
     caches = {"kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4"}
-    assert names == weights | caches | {"smoothquant-w8a8", "fp8", "mxfp4", "nvfp4"}
+    assert names == weights | caches | {"smoothquant-w8a8", "fp8", "mxfp4", "nvfp4", "zeroquant-fp-w4a8"}
 
 
 def test_shipped_recipe_says_what_its_name_says(registry: Any) -> None:

@@ -80,6 +80,7 @@ class Plan:
     """What a run would do, and everything that stands against it.
 
     left_float:    parameter → why it stays float
+    refused:       axis of a weight → why no transform may touch it
     problems:      what must be mended first
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
@@ -93,6 +94,7 @@ class Plan:
     recipe: str
     decisions: tuple[Decision, ...]
     left_float: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[TransformUse, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -171,6 +173,7 @@ class Plan:
             "engines": [v.to_dict() for v in self.engines],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
+            "refused": dict(self.refused),
         }
 
 
@@ -288,6 +291,7 @@ class _Planner:
             recipe=self.recipe.name,
             decisions=decisions,
             left_float=left,
+            refused={str(port): why for port, why in self.topology.blocked.items()},
             transforms=uses,
             problems=tuple(self.problems),
             notes=(*self.loaded.notes, *self.notes),

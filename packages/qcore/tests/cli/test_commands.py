@@ -63,7 +63,7 @@ def test_recipes_list_and_show(run) -> None:
     rows = run("recipes", "list", "--json").json
     assert {r["name"] for r in rows} == {
         "w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "smoothquant-w8a8", "fp8",
-        "mxfp4", "nvfp4", "kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4"
+        "mxfp4", "nvfp4", "kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4", "zeroquant-fp-w4a8",
     }  # fmt: skip
     assert all(r["description"] and r["from"] == "qcore" for r in rows)
     assert "w4a16-gptq" in run("recipes", "list").out

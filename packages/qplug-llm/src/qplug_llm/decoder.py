@@ -23,7 +23,7 @@ from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topo
 from qcore.transforms.rewrite import Rewrite, scale_link
 from torch import Tensor, nn
 
-from qplug_llm import attention, experts, twin
+from qplug_llm import attention, experts, linears, twin  # noqa: F401 - linears: teaches a leaf
 from qplug_llm.experts import DOWN, is_router, is_stack, up_name
 from qplug_llm.links import Candidate, block_candidates, model_candidates, resolve, unexplained
 from qplug_llm.proof import Bench, Verdict
@@ -297,6 +297,8 @@ class _Assembly:
             own = facts.blocks[kind]
             if rel not in own.linears:
                 return "it was not reached in the twin's pass"
+            if not own.attention and rel not in {p for inner in own.inner for p in (inner.reader, *inner.writers)}:
+                return "the attention of this family is not routed through transformers' AttentionInterface, so q, k and v cannot be followed in it"
             if (axis == "out" and any(s is not None and s.linear == rel for s in (own.q, own.k, own.v))) or (own.q_norm and axis == "out"):
                 return "attention: what it writes is normed, turned or fused before it is read, and its channels are not shared otherwise"
         facts = self.known.facts

@@ -62,7 +62,7 @@ def _say(message: str) -> None:
 
 def build() -> typer.Typer:
     """The command tree, without the plug-ins' commands."""
-    from qcore.cli import bench, compare, evaluate, explain, methods, plan, plugins, quantize, recipes, verify
+    from qcore.cli import bench, compare, evaluate, explain, methods, plan, plugins, quantize, recipes, report, verify
 
     app = typer.Typer(
         name="qcore",
@@ -78,6 +78,7 @@ def build() -> typer.Typer:
     app.command("plan", short_help="Show what a run would do, without computing.")(plan.plan)
     app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
     app.command("compare", short_help="Compare models with the first of them.")(compare.compare)
+    app.command("report", short_help="Make report.html again from report.json.")(report.report)
     app.command("verify", short_help="Read a checkpoint through, or make it again.")(verify.verify)
     app.command("explain", short_help="Show what runs a checkpoint, and why.")(explain.explain)
     app.command("bench", short_help="Time a checkpoint's layers on this machine.")(bench.bench)
@@ -87,7 +88,7 @@ def build() -> typer.Typer:
     return app
 
 
-_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "recipes", "plugins", "methods"}
+_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "report", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -183,6 +183,8 @@ class _Run:
         done = self.journal.finished(len(blocks)) if self.journal else 0
         for index in range(done):
             assert self.journal is not None
+            if (kept := self.journal.step(_own_rewrite(index))) is not None:
+                self.skeleton.rewrite = self.skeleton.rewrite.then(Rewrite.from_state(*kept))
             self._restore(blocks[index], *self.journal.block(index))
         feed = self._feed() if needs_data and done < len(blocks) else None
         if self.stream and not any(b.feed == "rerun" for b in blocks):
@@ -281,6 +283,7 @@ class _Run:
             return journal.inputs(index + 1, self.batch_numbers) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
+        own = Rewrite()
         for transform in self.recipe.transforms:
             if transform.scope != "block":
                 continue
@@ -297,15 +300,19 @@ class _Run:
                 with self.timed("observe"):
                     seen = BlockRunner(feed, index, module).observe(wants)
             with at(f"{block.module}: transform {transform.name}"):
-                self._fit(transform, inside, seen)
+                own = own.then(self._fit(transform, inside, seen))
+        if self.journal and (own.notes or not own.empty):
+            # the block's weights are kept as they are stored; the rewrite is kept for those who want the float ones again
+            self.journal.keep_step(_own_rewrite(index), *own.state())
 
-    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen]) -> None:
+    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen]) -> Rewrite:
         """Fit one transform, in process 0 alone: what comes out must be the same in all to the last digit."""
         found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader) if self.processes.rank == 0 else None
         if self.processes.count > 1:
             found = Rewrite.from_state(*self.processes.agreed(None if found is None else found.state()))
         assert found is not None
         self.skeleton.rewrite = self.skeleton.rewrite.then(found)
+        return found
 
     def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
         if runner is None:
@@ -438,6 +445,11 @@ class _Run:
 def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Observer, ...]]:
     """The same wishes, with the rows of every part of a fused stack counted: a part may see none."""
     return {site: (*observers, Rows()) if site.part is not None and observers else tuple(observers) for site, observers in wants.items()}
+
+
+def _own_rewrite(index: int) -> str:
+    """The step under which a journal keeps what the transforms did to one block."""
+    return f"rewrite-{index:05d}"
 
 
 def _said(records: Sequence[SiteRecord]) -> list[str]:
