@@ -82,7 +82,7 @@ def quantized(recipe: Recipe, processes: Processes | None = None, folder: Path |
 
 
 def together(count: int, recipe: Recipe, folder: Path | None = None, stream: bool = False, dies: int | None = None) -> list[Any]:
-    """What each of `count` threads returns or raises.  dies: a rank that stops before its third block, when the others have surely finished the first"""
+    """What each of `count` threads returns or raises.  dies: a rank that stops before its third block; the first is finished by then"""
     board, results = Board(count), [None] * count
 
     def work(rank: int) -> None:
