@@ -24,9 +24,20 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, LowRank, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import (
+        AWQScale,
+        CrossLayerEqualize,
+        FoldBatchNorm,
+        FoldNorm,
+        HadamardRotate,
+        IfBeneficial,
+        LowRank,
+        Reorder,
+        SmoothQuant,
+        SplitColumns,
+    )
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, LowRank, IfBeneficial]
+    return [FoldBatchNorm, FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, LowRank, IfBeneficial]
 
 
 @hookimpl
@@ -56,11 +67,12 @@ def qcore_modules():
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import OnlineHadamard
     from qcore.modules.kv_cache import KVCache
+    from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, KVCache]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
 
 
 @hookimpl
@@ -93,9 +105,16 @@ def qcore_calibrations():
 
 @hookimpl
 def qcore_tasks():
-    from qcore.evaluation import Agreement, LanguageModeling
+    from qcore.evaluation import Agreement, ImageClassification, LanguageModeling
 
-    return [LanguageModeling, Agreement]
+    return [LanguageModeling, Agreement, ImageClassification]
+
+
+@hookimpl
+def qcore_exporters():
+    from qcore.checkpoint.exporters import OnnxExporter
+
+    return [OnnxExporter]
 
 
 @hookimpl

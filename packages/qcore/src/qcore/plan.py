@@ -22,9 +22,11 @@ from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
+from qcore.modules.conv import QuantizedConv
 from qcore.modules.kv_cache import bytes_per_token, kv_problem
 from qcore.numbers import QuantSpec, quantize
 from qcore.numbers.granularity import Shape
+from qcore.ops.conv import ConvJob
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
@@ -327,14 +329,14 @@ class _Planner:
         except QcoreError as e:
             self._problem(site, str(e))
             return None
-        if self.recipe.block_solver is not None and (why := self.recipe.block_solver.refuses(spec)):
-            self._problem(site, f"{why}; leave out `block_solver`, or store integers")
         if activation is not None and (isinstance(module, nn.Linear) or site.part is not None):
             try:
                 activation.check((1, shape[1]))
             except QcoreError as e:
                 self._problem(site.input, str(e))
                 return None
+        if self.recipe.block_solver is not None and (why := self.recipe.block_solver.refuses(spec)):
+            self._problem(site, f"{why}; leave out `block_solver`, or store integers")
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None
@@ -367,12 +369,13 @@ class _Planner:
         return None
 
     def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
-        """The kernel expected to run it; None where neither the module nor a part of it is a linear layer, whose op is known when it is replaced."""
-        if not isinstance(module, nn.Linear) and site.part is None:
+        """The kernel expected to run it; None where it is neither a linear layer nor a convolution: its op is known when it is replaced."""
+        conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not isinstance(module, nn.Linear) and site.part is None and not conv:
             return None
         try:
-            unpack = partial(packing.unpack, spec=spec, shape=shape)
-            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, self.loaded.dtype, unpack))
+            about = (packing.name, spec, shape, activation, self.device, self.loaded.dtype, partial(packing.unpack, spec=spec, shape=shape))
+            return choose(self.kernels, ConvJob("conv", *about, QuantizedConv.geometry_of(module)) if conv else Job("linear", *about))
         except NotFound as e:
             self._problem(site, str(e))
             return None

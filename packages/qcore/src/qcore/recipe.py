@@ -103,6 +103,9 @@ class Recipe:
     allocator: chooses spec and solver for the weights that the rules quantize, once all are known; None = what the rules say
     propagate: what a block is calibrated on. "weights": the outputs of the quantized blocks before it, activations float;
                "all": also with quantized activations; "float": the float model's own
+    correct_bias: take from each layer's bias what the codes of its weight add to its mean output, b' = b - (Ŵ - W)·E[x]: Nagel et al. 2019,
+               https://arxiv.org/abs/1906.04721, section 4.2, equation 17.  E[x] is measured on calibration data, behind layers that are
+               corrected already (the paper's appendix D), not taken from batch norms.  Layers without a bias are left as they are
     """
 
     name: str = "recipe"
@@ -114,6 +117,7 @@ class Recipe:
     allocator: Allocator | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     propagate: Literal["float", "weights", "all"] = "weights"
+    correct_bias: bool = False
 
     def rule_for(self, site: Site) -> Rule | None:
         """The last rule whose pattern matches."""
@@ -173,4 +177,5 @@ def describe(recipe: Recipe) -> Mapping[str, Any]:
         "allocator": None if recipe.allocator is None else repr(recipe.allocator),
         "calibration": repr(recipe.calibration),
         "propagate": recipe.propagate,
+        "correct_bias": recipe.correct_bias,
     }

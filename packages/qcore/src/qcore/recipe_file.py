@@ -59,7 +59,7 @@ Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
 _RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer", "window")
-_RECIPE_KEYS = ("description", "extends", "rules", "solver", "block_solver", "transforms", "allocator", "calibration", "propagate")
+_RECIPE_KEYS = ("description", "extends", "rules", "solver", "block_solver", "transforms", "allocator", "calibration", "propagate", "correct_bias")
 _PROPAGATE = ("float", "weights", "all")
 
 
@@ -96,6 +96,8 @@ def dump(recipe: Recipe) -> str:
     if recipe.description:
         lines.append(f"description = {_toml(recipe.description)}")
     lines.append(f"propagate = {_toml(recipe.propagate)}")
+    if recipe.correct_bias:
+        lines.append("correct_bias = true")
     for rule in recipe.rules:
         lines += ["", "[[rules]]", *_lines(_rule_table(rule))]
     for transform in recipe.transforms:
@@ -216,6 +218,7 @@ class _Builder:
             allocator=self.named("allocators", table["allocator"], "allocator") if "allocator" in table else None,
             calibration=self.make(CalibrationSettings, calibration, "calibration", "calibration"),
             propagate=propagate,
+            correct_bias=self.coerce(table.get("correct_bias", False), bool, "correct_bias"),
         )
 
     def rule(self, table: Table, where: str) -> Rule:

@@ -330,7 +330,8 @@ class _Run:
             return {site: {} for site in stage}
         wanted: dict[Site, tuple[Observer, ...]] = {}
         for site in stage:
-            wanted[site.input] = (*self.wishes.solver(site).observes, *self.wishes.range_observers(site.input))
+            own = {o.name: o for o in (*self.wishes.solver(site).observes, *self.wishes.bias_observers(site))}
+            wanted[site.input] = (*own.values(), *self.wishes.range_observers(site.input))
         observed = runner.observe(_counted(wanted))
         return self._cover({site: observed[site.input] for site in stage})
 
@@ -438,7 +439,7 @@ class _Run:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
-        self.skeleton.installed |= {path for path in self.skeleton.rewrite.inserts if within(path, block.module)}
+        self.skeleton.installed |= {path: insert for path, insert in self.skeleton.rewrite.inserts.items() if within(path, block.module)}
         if self.stream:
             evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
         else:

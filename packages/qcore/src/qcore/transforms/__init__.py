@@ -5,6 +5,7 @@ from qcore.transforms.awq import AWQScale
 from qcore.transforms.base import Transform
 from qcore.transforms.benefit import Benefit, IfBeneficial, benefit
 from qcore.transforms.equalize import CrossLayerEqualize
+from qcore.transforms.fold_batchnorm import FoldBatchNorm
 from qcore.transforms.fold_norm import FoldNorm
 from qcore.transforms.low_rank import LowRank
 from qcore.transforms.permute import Reorder
@@ -17,6 +18,7 @@ __all__ = [
     "AWQScale",
     "Benefit",
     "CrossLayerEqualize",
+    "FoldBatchNorm",
     "FoldNorm",
     "HadamardRotate",
     "IfBeneficial",
