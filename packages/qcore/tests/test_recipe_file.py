@@ -138,7 +138,10 @@ def test_what_is_dumped_loads_back_equal(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_shipped_recipe_has_its_files_name_and_survives_a_dump(path: Path, registry: Any) -> None:
+def test_shipped_recipe_has_its_files_name_and_survives_a_dump(path: Path) -> None:
+    from qcore.plugins import load_registry
+
+    registry = load_registry()  # with all that the recipes name
     recipe = load_recipe(path.stem, registry)
     assert recipe.name == path.stem and recipe.description
     assert parse_recipe(dump(recipe), registry, name=recipe.name) == recipe
