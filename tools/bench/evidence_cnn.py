@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from evidence import CACHE, CELLS, ROOT, code_files, code_hash, missing
+from evidence import CACHE, CELLS, ROOT, code_files, code_hash, fresh, missing
 
 PAGE = ROOT / "docs" / "evidence" / "cnn.md"
 SEEDS = 2
@@ -150,6 +150,8 @@ def page(cells: Sequence[Cell]) -> str:
                 scores = (f"{_spread(own, 'top1', 1, 100)} %", _spread(own, "kl", 4), _spread(own, "sqnr_db", 2))
                 lines.append(f"| {' | '.join((f'`{label}`', words, str(len(own)), *scores, format(own[0]['bits'], '.2f')))} |")
         lines.append("")
+    if any(not fresh(json.loads(c.file.read_text())) for c in cells if c.file.exists()):
+        lines += ["† made by older code; `python tools/bench/evidence_cnn.py` computes it anew.", ""]
     if absent := sum(not c.file.exists() for c in cells):
         lines += [f"Not measured yet: {absent} of {len(cells)} cells.", ""]
     latency = CELLS / "efficientnet-lite0" / "latency.json"
