@@ -17,16 +17,16 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Sample
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Sample]
 
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, LearnRotations, Reorder, SmoothQuant, SplitColumns
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
+    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, LearnRotations, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
 
 
 @hookimpl
@@ -40,12 +40,12 @@ def qcore_solvers():
 def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
-    from qcore.modules.hadamard import OnlineHadamard
+    from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, HeadHadamard, Sum, QuantizedTap]
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from qcore.calibration.observers import (
     Percentile,
     StreamingObserver,
 )
+from qcore.calibration.sample import Sample
 from qcore.calibration.selectors import Selector
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Percentile",
     "RowCount",
     "Rows",
+    "Sample",
     "Seen",
     "Selector",
     "StreamingObserver",

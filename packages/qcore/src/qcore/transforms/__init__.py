@@ -2,10 +2,11 @@
 
 from qcore.transforms.apply import apply_rewrite, place_inserts, rewritten_tensors
 from qcore.transforms.awq import AWQScale
-from qcore.transforms.base import Transform
+from qcore.transforms.base import LearnedTransform, Lesson, Transform
 from qcore.transforms.benefit import Benefit, IfBeneficial, benefit
 from qcore.transforms.equalize import CrossLayerEqualize
 from qcore.transforms.fold_norm import FoldNorm
+from qcore.transforms.learn_rotations import LearnRotations
 from qcore.transforms.permute import Reorder
 from qcore.transforms.rewrite import Rewrite, RewrittenReader, hadamard_link, permute_link, rewritten_topology, rotate_link, scale_link
 from qcore.transforms.rotate import HadamardRotate
@@ -19,6 +20,9 @@ __all__ = [
     "FoldNorm",
     "HadamardRotate",
     "IfBeneficial",
+    "LearnRotations",
+    "LearnedTransform",
+    "Lesson",
     "Reorder",
     "Rewrite",
     "RewrittenReader",
