@@ -28,7 +28,7 @@ CELLS = ROOT / "docs" / "evidence" / "cells"
 CACHE = ROOT / ".qcore-cache" / "evidence"
 # rooms whose code decides the numbers
 ROOMS = [
-    "packages/qcore/src/qcore/" + r for r in ("numbers", "model", "calibration", "transforms", "solvers", "packing", "modules", "ops", "pipeline.py")
+    "packages/qcore/src/qcore/" + r for r in ("numbers", "model", "calibration", "transforms", "solvers", "packing", "modules", "ops", "pipeline")
 ]
 ROOMS += ["packages/qcore/src/qcore/evaluation/metrics.py", "packages/qcore/src/qcore/recipes", "packages/qplug-llm/src"]
 
