@@ -32,6 +32,7 @@ from qcore.pipeline.views import StreamedValues, round_parameters
 from qcore.pipeline.wishes import Wishes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
+from qcore.transforms.base import LearnedTransform, Lesson
 from qcore.transforms.channels import site_matrix
 from qcore.transforms.rewrite import Rewrite, owner_of, rewritten_topology
 
@@ -141,7 +142,12 @@ class _Run:
             topology = rewritten_topology(self.topology, self.skeleton.rewrite)
             wants = _counted(transform.wants(topology, self.wishes.specs))
             seen = self._observe_model(wants) if wants else {}
-            found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader)
+            if isinstance(transform, LearnedTransform):
+                self.skeleton.install("")
+                lesson = Lesson(self.batches, self.adapter, self.progress, self.journal, f"learned-{i}")
+                found = transform.learn(topology, self.wishes.specs, seen, self.model, self.skeleton.reader, lesson)
+            else:
+                found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader)
             self.skeleton.rewrite = self.skeleton.rewrite.then(found)
         if self.journal:
             self.journal.keep_step("rewrite", *self.skeleton.rewrite.state())

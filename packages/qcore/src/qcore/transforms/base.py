@@ -55,13 +55,14 @@ class Lesson:
     batches:  calibration batches, as the adapter takes them
     adapter:  runs the model
     progress: called with (phase, done, total)
-    notebook: keeps what was learned so far, so that an interrupted run goes on; None = nothing is kept
+    notebook: keeps what was learned so far under the name `page`, so that an interrupted run goes on; None = nothing is kept
     """
 
     batches: Sequence[Batch]
     adapter: ModelAdapter
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     notebook: Notebook | None = None
+    page: str = "learned"
 
 
 @runtime_checkable

@@ -198,11 +198,11 @@ class _State:
             assert self.scales is not None
             moments = self.scales.state[s.log]
             tensors |= {f"log.{i}": s.log.detach().clone(), f"first.{i}": moments["exp_avg"], f"second.{i}": moments["exp_avg_sq"]}
-        lesson.notebook.keep_step("learned", tensors, {"losses": losses, "before": before})
+        lesson.notebook.keep_step(lesson.page, tensors, {"losses": losses, "before": before})
 
     def resume(self, lesson: Lesson) -> tuple[list[float], float | None]:
         """Go on from what the notebook holds: the losses so far, and the held-out loss of the start."""
-        kept = lesson.notebook.step("learned") if lesson.notebook is not None else None
+        kept = lesson.notebook.step(lesson.page) if lesson.notebook is not None else None
         if kept is None:
             return [], None
         tensors, data = kept

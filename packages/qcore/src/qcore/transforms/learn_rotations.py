@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qcore.calibration.coverage import Rows
 from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.observers import Gram, Moments
 from qcore.errors import SpecError
@@ -64,7 +65,8 @@ class LearnRotations(Course, HadamardRotate):
         wishes: dict[Site, tuple[Observer, ...]] = dict(super().wants(topology, specs))
         for site in _stream_inputs(topology, specs):
             wishes[site] = (*wishes.get(site, ()), Gram(), Moments())
-        return wishes
+        # learning runs the model: there must be data, also where nothing is to be observed
+        return wishes or {site.input: (Rows(),) for site in topology.sites[:1]}
 
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         """Where learning starts: nothing is learned without a lesson."""
