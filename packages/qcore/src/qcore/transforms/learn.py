@@ -77,7 +77,8 @@ class Course:
     lr_rotation: angle per step, in radians, see `RotationAdam`;  lr_scale: of Adam on log s.  Both fall linearly to zero
     weights:   round the weights too while learning; False = activations alone, as the papers do where GPTQ follows
     held_out:  sequences that are not learned from; what does not lower their loss is not kept
-    dtype:     of the matrix products: "bfloat16" takes half the time where the processor multiplies it natively
+    dtype:     of the matrix products while learning: "float32", "bfloat16", or "auto" = bfloat16 where the processor multiplies it natively, which
+               takes half the time.  What is found is applied in float64 all the same
     seed:      of the order of the sequences
     """
 
@@ -90,7 +91,7 @@ class Course:
     lr_scale: float = 0.01
     weights: bool = False
     held_out: int = 4
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,8 +100,8 @@ class Course:
                 raise SpecError(f"learning: {name} is at least 1, got {getattr(self, name)}")
         if self.loss not in LOSSES:
             raise SpecError(f"unknown loss {self.loss!r}; have: {', '.join(LOSSES)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise SpecError(f"learning: dtype is float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise SpecError(f"learning: dtype is float32, bfloat16 or auto, got {self.dtype!r}")
         if not (self.lr_rotation >= 0 and self.lr_scale >= 0):
             raise SpecError(f"learning rates are 0 or more, got lr_rotation={self.lr_rotation}, lr_scale={self.lr_scale}")
 
@@ -247,6 +248,8 @@ class _Student:
         teacher = copy.deepcopy(model).eval()
         double = any(p.dtype is torch.float64 for p in model.parameters())
         self.dtype = torch.float64 if double else torch.float32
+        native = course.dtype == "auto" and torch.cpu._is_avx512_bf16_supported()
+        self.half = self.dtype is torch.float32 and (course.dtype == "bfloat16" or native)
         materialize(teacher, "", reader, self.dtype)
         teacher.requires_grad_(False)
         shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
@@ -279,7 +282,7 @@ class _Student:
         return sum(float(self.objective(batch)) for batch in batches) / len(batches)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.course.dtype == "bfloat16" and self.dtype is torch.float32)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.half)
 
     def _rewritten(self) -> dict[str, Tensor]:
         """The student's weights, by name in `self.student`."""
@@ -289,10 +292,12 @@ class _Student:
             source = rewrite.source(name)
             owner, live = owner_of(base, name, source), live_name(self.online, name)
             path, _, own = live_name(self.online, source).rpartition(".")
-            w = rewrite.tensor(name, getattr(base.get_submodule(path), own), owner, self.dtype)
+            # what is added to the residual stream keeps its digits, matrices are rounded by their product anyway
+            dtype = torch.bfloat16 if self.half and isinstance(owner, nn.Linear) and own == "weight" else self.dtype
+            w = rewrite.tensor(name, getattr(base.get_submodule(path), own), owner, dtype)
             if name in self.weights:
                 shape, lay = w.shape, layout(owner, name.rpartition(".")[2])
-                w = lay.tensor(fake_quantize_through(lay.matrix(w), self.weights[name]), shape)
+                w = lay.tensor(fake_quantize_through(lay.matrix(w.to(self.dtype)), self.weights[name]), shape)
             tensors[f"model.{live}"] = w
         return tensors
 

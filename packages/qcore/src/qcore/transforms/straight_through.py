@@ -29,8 +29,8 @@ def fake_quantize_through(x: Tensor, spec: QuantSpec) -> Tensor:
         step = high / fmt.hi if fmt.lo >= 0 else torch.maximum(high / fmt.hi, low / fmt.lo)
     else:
         step = (high - low) / (fmt.hi - fmt.lo)
+    step = step + (step == 0)
     with torch.no_grad():
-        step = step + (step == 0)
         zero = offset_part(low, step, spec).to(x.dtype) if spec.offset is Offset.CODE else 0.0
         z = blocks / step
         error = ((z + zero).round_().clamp_(fmt.lo, fmt.hi) - zero).sub_(z)
