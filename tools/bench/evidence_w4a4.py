@@ -2,6 +2,7 @@
 
     python tools/bench/evidence_w4a4.py                compute the cells that are missing, then docs/evidence/w4a4.md
     python tools/bench/evidence_w4a4.py --only tiny    only cells whose name contains the word
+    python tools/bench/evidence_w4a4.py --seconds 120  begin no cell after two minutes
     python tools/bench/evidence_w4a4.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_w4a4.py --table        write the page from the cells that are there
 
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say which cells are missing")
     parser.add_argument("--table", action="store_true", help="write the page from what is there")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no cell after so long")
     parser.add_argument("--cell", default="", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.cell:
@@ -197,8 +199,10 @@ def main() -> int:
     if a.list:
         print("\n".join(c.name for c in todo))
         return 0
-    failed = 0
+    failed, started = 0, time.perf_counter()
     for cell in todo:
+        if time.perf_counter() - started > a.seconds:
+            break
         run = subprocess.run([sys.executable, __file__, "--cell", json.dumps(asdict(cell))], capture_output=True, text=True, cwd=ROOT)
         if run.returncode:
             print(f"{cell.name}: failed\n{run.stderr[-2000:]}", file=sys.stderr)
