@@ -1,5 +1,6 @@
 """Learned rotations and scales: the parts, each by its laws, then a small network with outlying channels."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,11 +12,13 @@ from qcore.numbers import Int, Offset, PerGroup, PerToken, QuantSpec, fake_quant
 from qcore.numbers.spec import int_weight
 from qcore.testing import check_transform
 from qcore.testing.models import TinyDecoderAdapter, tiny_decoder, tokens
-from qcore.transforms import FoldNorm, HadamardRotate, LearnRotations, Lesson, RewrittenReader, rewritten_topology
-from qcore.transforms.learn import Stretch, Turn, compose, learn, lessons_of
+from qcore.transforms import FoldNorm, HadamardRotate, LearnRotations, Lesson, Rewrite, RewrittenReader, apply_rewrite, rewritten_tensors, rewritten_topology
+from qcore.transforms.apply import place_inserts
+from qcore.transforms.learn import Course, Stretch, Turn, _Student, compose, learn, lessons_of
 from qcore.transforms.learn_rotations import womi
 from qcore.transforms.losses import kl, kl_top, kl_top_renormalized, next_token
 from qcore.transforms.qsur import bound, chi_square, log_qsur
+from qcore.transforms.rewrite import scale_link
 from qcore.transforms.stiefel import RotationAdam, cayley
 from qcore.transforms.straight_through import fake_quantize_through
 
@@ -61,12 +64,12 @@ def test_fifty_steps_find_a_rotation_and_stay_on_the_manifold():
     target[0, :, 0] *= torch.linalg.det(target[0]).sign()  # a rotation is reached from I, a reflection is not
     r = torch.eye(8, dtype=torch.float64).repeat(1, 1, 1).requires_grad_()
     adam = RotationAdam([r])
-    first = float((r - target).square().sum())
+    first = float((r - target).detach().square().sum())
     for _ in range(50):
         r.grad = None
         (r - target).square().sum().backward()
         adam.step(0.2)
-    assert float((r - target).square().sum()) < 0.05 * first
+    assert float((r - target).detach().square().sum()) < 0.05 * first
     torch.testing.assert_close(r.detach() @ r.detach().mT, torch.eye(8, dtype=torch.float64).unsqueeze(0), rtol=0, atol=1e-12)
 
 
@@ -153,7 +156,8 @@ def specs_of(topology, kv: bool = True):
     return found | ({s: replace(INT4, granularity=PerGroup(16)) for s in topology.activations if s.tensor in "kv"} if kv else {})
 
 
-BATCHES = [tokens(8, 16, seed=i) for i in range(3)]
+COURSE = LearnRotations(steps=50, batch=8, length=16, held_out=32, k=64, lr_rotation=0.1, lr_scale=0.03, weights=True, start="hadamard")
+BATCHES = [tokens(16, 16, seed=i) for i in range(12)]
 
 
 @pytest.mark.parametrize("options", [{}, {"start": "hadamard", "scales": False}, {"residual": False}, {"inner": False}], ids=str)
@@ -165,10 +169,8 @@ def test_where_learning_starts_leaves_the_function_alone(options):
 
 
 def test_what_was_learned_is_exact_positive_and_orthogonal_and_its_trained_form_is_its_merged_form():
-    from qcore.transforms.apply import apply_rewrite
-
     model, adapter, topology, reader, fold = decoder()
-    specs, course = specs_of(topology), LearnRotations(steps=12, batch=4, length=16, k=16, lr_rotation=0.1, lr_scale=0.1)
+    specs, course = specs_of(topology), COURSE
     parts = course.parts(topology, specs, {}, model, reader, [])
     assert {type(p) for p in parts} == {Turn, Stretch}
     learn(parts, course.at_run_time(topology, specs, {}, model, reader, []), topology, specs, model, reader, Lesson(BATCHES, adapter), course)
@@ -186,8 +188,6 @@ def test_what_was_learned_is_exact_positive_and_orthogonal_and_its_trained_form_
         torch.testing.assert_close(apply_rewrite(double, rewrite)(x), reference, rtol=0, atol=1e-9 * float(reference.abs().max()))
     merged = apply_rewrite(double, whole)(x)
     torch.testing.assert_close(merged, reference, rtol=0, atol=1e-9 * float(reference.abs().max()))
-    from qcore.transforms.apply import place_inserts, rewritten_tensors
-
     trained = tiny_double(model, tie=False)
     place_inserts(trained, whole)
     tensors = rewritten_tensors(tiny_double(model), whole)
@@ -195,8 +195,6 @@ def test_what_was_learned_is_exact_positive_and_orthogonal_and_its_trained_form_
 
 
 def tiny_double(model, tie: bool = True):
-    import copy
-
     twin = copy.deepcopy(model).double().requires_grad_(False)
     if not tie:
         twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight.clone(), requires_grad=False)
@@ -204,9 +202,6 @@ def tiny_double(model, tie: bool = True):
 
 
 def test_free_scales_of_a_rotary_pair_break_the_function():
-    from qcore.transforms.apply import apply_rewrite
-    from qcore.transforms.rewrite import scale_link
-
     model, adapter, topology, *_ = decoder()
     link = next(link for link in topology.links if link.share == "half")
     double, x = tiny_double(model), tokens()
@@ -230,8 +225,6 @@ def test_womi_gives_all_columns_of_the_readers_one_variance():
 
 def held_out_loss(transform, setup) -> float:
     """KL of the rounded model on text that nothing was fitted on."""
-    from qcore.transforms.learn import Course, _Student
-
     model, adapter, topology, reader, _ = setup
     specs = specs_of(topology)
     lesson = Lesson(BATCHES, adapter)
@@ -240,8 +233,6 @@ def held_out_loss(transform, setup) -> float:
         found = transform.learn(topology, specs, {}, model, reader, lesson)
     elif transform is not None:
         found = transform.fit(topology, specs, {}, model, reader)
-    from qcore.transforms import Rewrite
-
     student = _Student([], found or Rewrite(), topology, specs, model, reader, lesson, Course(loss="kl", weights=True, dtype="float32"))
     return student.loss([tokens(16, 24, seed=99)])
 
@@ -250,14 +241,29 @@ def test_learned_is_better_than_fixed_is_better_than_nothing_where_channels_are_
     setup = decoder()
     nothing = held_out_loss(None, setup)
     fixed = held_out_loss(HadamardRotate(rest=True, heads=True), setup)
-    learned = held_out_loss(LearnRotations(steps=50, batch=8, length=16, k=64, lr_rotation=0.1, lr_scale=0.05, weights=True), setup)
-    assert learned < fixed < nothing
+    learned = held_out_loss(COURSE, setup)  # from the fixed ones: .277, .240, .186 when this was written
+    assert learned < 0.95 * fixed < 0.95 * nothing
+
+
+def test_a_float_model_has_no_gradient_along_a_rotation_or_a_scale():
+    model, adapter, topology, reader, _ = decoder()
+    course = LearnRotations(loss="next-token", dtype="float32")
+    parts = course.parts(topology, specs_of(topology), {}, model, reader, [])
+    for p in parts:
+        (p.matrix if isinstance(p, Turn) else p.log).requires_grad_()
+    _Student(parts, Rewrite(), topology, {}, model, reader, Lesson(BATCHES, adapter), course).objective(tokens(8, 16)).backward()
+    for p in parts:
+        if isinstance(p, Turn):
+            along = p.matrix.detach().mT @ p.matrix.grad
+            assert float((along - along.mT).norm()) < 1e-4 * float(p.matrix.detach().norm())  # float32
+        else:
+            assert float(p.log.grad.abs().max()) < 1e-5
 
 
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too():
     model, adapter, topology, reader, _ = decoder()
     specs = specs_of(topology)
-    course = LearnRotations(steps=20, batch=4, length=16, k=16, held_out=4)
+    course = COURSE
 
     class Notebook:
         def __init__(self) -> None:
@@ -276,7 +282,7 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_too():
     for one, other in ((whole, again),):
         a, b = one.state()[0], other.state()[0]
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert whole.notes == again.notes
+    assert whole.notes == again.notes and any("held-out" in n and "the start" not in n for n in whole.notes)
 
 
 def test_a_start_that_learning_does_not_beat_is_kept():
@@ -286,7 +292,7 @@ def test_a_start_that_learning_does_not_beat_is_kept():
     parts = course.parts(topology, specs, {}, model, reader, [])
     start = [p.matrix.clone() if isinstance(p, Turn) else p.log.clone() for p in parts]
     found = learn(parts, course.at_run_time(topology, specs, {}, model, reader, []), topology, specs, model, reader, Lesson(BATCHES, adapter), course)
-    assert not found.kept and found.after >= found.before
+    assert found.at == 0 and found.after == found.before and len(found.losses) == 3
     assert all(torch.equal(p.matrix if isinstance(p, Turn) else p.log, s) for p, s in zip(parts, start, strict=True))
 
 

@@ -12,7 +12,7 @@ Weights are frozen, and nothing of the model is written.  The same seed and thre
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ from qcore.transforms.rewrite import Rewrite, owner_of, rotate_link, scale_class
 from qcore.transforms.stiefel import RotationAdam, nearest_rotation
 from qcore.transforms.straight_through import fake_quantize_through
 
-_KEEP_EVERY = 10  # steps between two states in the notebook
+_LOOK_EVERY = 10  # steps between two looks at the held-out sequences, and between two states in the notebook
 
 
 @dataclass
@@ -76,7 +76,8 @@ class Course:
     k:         of the two first: how many of the teacher's likeliest classes count
     lr_rotation: angle per step, in radians, see `RotationAdam`;  lr_scale: of Adam on log s.  Both fall linearly to zero
     weights:   round the weights too while learning; False = activations alone, as the papers do where GPTQ follows
-    held_out:  sequences that are not learned from; what does not lower their loss is not kept
+    held_out:  sequences that are not learned from.  The numbers that are best on them, looked at every 10 steps, are those that are kept: one step moves
+               the rounding of everything, so the loss jumps about by some per cent
     dtype:     of the matrix products while learning: "float32", "bfloat16", or "auto" = bfloat16 where the processor multiplies it natively, which
                takes half the time.  What is found is applied in float64 all the same
     seed:      of the order of the sequences
@@ -87,8 +88,8 @@ class Course:
     length: int = 256
     loss: Literal["kl-top", "kl-top-renormalized", "kl", "next-token"] = "kl-top"
     k: int = 1000
-    lr_rotation: float = 0.02
-    lr_scale: float = 0.01
+    lr_rotation: float = 0.1
+    lr_scale: float = 0.02
     weights: bool = False
     held_out: int = 4
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -108,13 +109,13 @@ class Course:
 
 @dataclass
 class Learned:
-    """What came out.  losses: of each step;  before, after: of the held-out sequences;  kept: False where the start was better"""
+    """What came out.  losses: of each step;  before, after: of the held-out sequences;  at: the step whose numbers were best there, 0 = the start"""
 
     rewrite: Rewrite
     losses: list[float]
     before: float
     after: float
-    kept: bool
+    at: int
 
 
 def compose(parts: Iterable[Turn | Stretch]) -> Rewrite:
@@ -145,25 +146,34 @@ def learn(
     with torch.enable_grad():
         student = _Student(parts, online, topology, specs, model, reader, lesson, course)
         state = _State(parts, course)
-        start = [p.detach().clone() for p in state.parameters]
-        losses, before = state.resume(lesson)
-        if before is None:
+        log = state.resume(lesson)
+        if log is None:
             before = student.loss(held_out)
-        for step in range(len(losses), course.steps):
-            losses.append(state.step(student, train[step % len(train)], fall=1 - step / course.steps))
+            log = _Log([], before, before, 0, state.snapshot())
+        for step in range(len(log.losses), course.steps):
+            log.losses.append(state.step(student, train[step % len(train)], fall=1 - step / course.steps))
             lesson.progress("learn", step + 1, course.steps)
-            if (step + 1) % _KEEP_EVERY == 0:
-                state.keep(lesson, losses, before)
-        for t in state.turns:
-            t.matrix = nearest_rotation(t.matrix.detach())
-        for s in state.stretches:
-            s.log = s.log.detach()
-        after = student.loss(held_out)
-        kept = after < before
-        if not kept:
-            for part, value in zip([*state.turns, *state.stretches], start, strict=True):
-                part.__dict__["matrix" if isinstance(part, Turn) else "log"] = value
-    return Learned(compose(parts).then(online), losses, before, after, kept)
+            if (step + 1) % _LOOK_EVERY == 0 or step + 1 == course.steps:
+                if (loss := student.loss(held_out)) < log.best:
+                    log = replace(log, best=loss, at=step + 1, values=state.snapshot())
+                state.keep(lesson, log)
+    for part, value in zip([*state.turns, *state.stretches], log.values, strict=True):
+        if isinstance(part, Turn):
+            part.matrix = nearest_rotation(value) if log.at else value
+        else:
+            part.log = value
+    return Learned(compose(parts).then(online), log.losses, log.before, log.best, log.at)
+
+
+@dataclass(frozen=True)
+class _Log:
+    """How far learning is.  losses: of each step so far;  before, best: of the held-out sequences;  at: the step of the best;  values: its numbers"""
+
+    losses: list[float]
+    before: float
+    best: float
+    at: int
+    values: list[Tensor]
 
 
 class _State:
@@ -191,21 +201,25 @@ class _State:
             self.scales.step()
         return float(loss.detach())
 
-    def keep(self, lesson: Lesson, losses: list[float], before: float) -> None:
+    def snapshot(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    def keep(self, lesson: Lesson, log: "_Log") -> None:
         if lesson.notebook is None:
             return
-        tensors = {f"turn.{n}": t for n, t in self.rotations.state().items()}
+        tensors = {f"best.{i}": t for i, t in enumerate(log.values)}
+        tensors |= {f"turn.{n}": t for n, t in self.rotations.state().items()}
         for i, s in enumerate(self.stretches):
             assert self.scales is not None
             moments = self.scales.state[s.log]
             tensors |= {f"log.{i}": s.log.detach().clone(), f"first.{i}": moments["exp_avg"], f"second.{i}": moments["exp_avg_sq"]}
-        lesson.notebook.keep_step(lesson.page, tensors, {"losses": losses, "before": before})
+        lesson.notebook.keep_step(lesson.page, tensors, {"losses": log.losses, "before": log.before, "best": log.best, "at": log.at})
 
-    def resume(self, lesson: Lesson) -> tuple[list[float], float | None]:
-        """Go on from what the notebook holds: the losses so far, and the held-out loss of the start."""
+    def resume(self, lesson: Lesson) -> "_Log | None":
+        """Go on from what the notebook holds; None where it holds nothing."""
         kept = lesson.notebook.step(lesson.page) if lesson.notebook is not None else None
         if kept is None:
-            return [], None
+            return None
         tensors, data = kept
         count = len(data["losses"])
         self.rotations.load({n.removeprefix("turn."): t for n, t in tensors.items() if n.startswith("turn.")}, count)
@@ -215,7 +229,8 @@ class _State:
                 s.log.copy_(tensors[f"log.{i}"])
             moments = {"exp_avg": tensors[f"first.{i}"], "exp_avg_sq": tensors[f"second.{i}"]}
             self.scales.state[s.log] = {"step": torch.tensor(float(count)), **moments}
-        return list(data["losses"]), float(data["before"])
+        best = [tensors[f"best.{i}"] for i in range(len(self.parameters))]
+        return _Log(list(data["losses"]), float(data["before"]), float(data["best"]), int(data["at"]), best)
 
 
 class _Outputs(nn.Module):

@@ -91,8 +91,8 @@ class LearnRotations(Course, HadamardRotate):
         if parts:
             found = learn(parts, online, topology, specs, model, reader, lesson, self)
             notes.append(
-                f"learned {self.steps} steps by {self.loss}: held-out loss {found.before:.4f} → {found.after:.4f}"
-                + ("" if found.kept else "; the start was better and is kept")
+                f"learned {self.steps} steps by {self.loss}: held-out loss {found.before:.4f} → {found.after:.4f}, "
+                + (f"of step {found.at}" if found.at else "the start was best")
             )
         ended = compose(parts)
         notes += _report_qsur({"float": Rewrite(), self.start: began, "learned": ended}, topology, specs, seen, model)

@@ -22,13 +22,14 @@ class RotationAdam:
     """Adam on orthogonal matrices [h, n, n], in place: moments of the gradient in the Lie algebra, steps by the Cayley transform.
 
     The gradient G of R is seen as the skew matrix (RᵀG - GᵀR)/2, the direction in which R·exp(Ω) may move.  These matrices mean the same at every R,
-    so the moments are never transported, and an element-wise quotient of them is skew again.  R·cayley(Ω) is orthogonal to rounding: in float64 no
+    so the moments are never transported.  The first moment is divided by the root mean square of the whole matrix: entry by entry, as Adam does, the
+    noise of rounding in directions of no slope would become steps as large as any.  R·cayley(Ω) is orthogonal to rounding: in float64 no
     re-orthonormalisation is needed after a hundred steps.
 
-    lr of `step`: the angle, in radians, by which each basis vector turns at most or so, whatever n is (Ω is divided by √n).
+    lr of `step`: the angle, in radians, by which a basis vector turns, whatever n is (Ω is divided by √n).
 
-    Source: https://arxiv.org/abs/2002.01113 (Cayley Adam).  geoopt's RiemannianAdam, which OSTQuant's scripts use, divides by the norm of the whole
-    gradient, transports its moments, and drifts off the manifold between two "stabilize" calls; nothing else of that package would be used here.
+    Source: https://arxiv.org/abs/2002.01113 (Cayley Adam).  geoopt's RiemannianAdam, which OSTQuant's scripts use, transports its moments and drifts
+    off the manifold between two "stabilize" calls; nothing else of that package would be used here.
     """
 
     def __init__(self, rotations: Sequence[Tensor], betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-12) -> None:
