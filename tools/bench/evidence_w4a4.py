@@ -66,11 +66,13 @@ def matrix() -> list[Cell]:
     """Every method under every setting; what is learned on SmolLM2-135M under 4-bit activations alone, where it takes an hour."""
     cells = []
     for model in ("tiny-llama", "smollm2-135m"):
-        small = {"samples": 32, "length": 256, "windows": 16, "window": 256, "text": "own"} if model == "tiny-llama" else {"samples": 16, "windows": 6}
+        small = (
+            {"samples": 32, "length": 256, "windows": 16, "window": 256, "text": "own"} if model == "tiny-llama" else {"samples": 16, "windows": 6}
+        )
         for setting in SETTINGS:
             for method in METHODS:
                 if model == "tiny-llama" or method not in LEARNED or setting == "w4a4kv4":
-                    cells.append(Cell(model, f"{setting}-{method}", f"{setting}/{method}", **small))  # type: ignore[arg-type]
+                    cells.append(Cell(model, f"{setting}-{method}", f"{setting}/{method}", **small))
     return cells
 
 
@@ -156,12 +158,12 @@ def page(cells: list[Cell]) -> str:
         if not own:
             continue
         c, first = own[0]
-        s = first["scores"]
+        s, text = first["scores"], "news" if c.text == "news" else "its own text"
         lines += [
             "",
             f"## {model}",
             "",
-            f"{s['windows']} windows of {s['window']} tokens ({'news' if c.text == 'news' else 'its own text'}), calibrated on {c.samples} of {c.length}; "
+            f"{s['windows']} windows of {s['window']} tokens ({text}), calibrated on {c.samples} of {c.length}; "
             f"float perplexity {s['perplexity_reference']:.2f}.",
             "",
             "| bits | method | KL ± | top-1 | perplexity | seconds | load | peak |",
@@ -171,8 +173,9 @@ def page(cells: list[Cell]) -> str:
             s, (setting, method) = got["scores"], cell.recipe.split("/")
             stale = "" if evidence.fresh(got) else " (by older code)"
             steps = f", {cell.overrides[0].rpartition('=')[2]} steps" if cell.overrides else ""
+            scores = f"{s['kl']:.4f} ± {s['kl_standard_error']:.4f} | {s['top1']:.3f} | {s['perplexity']:.2f}"
             lines.append(
-                f"| {setting.upper()} | {method}{steps}{stale} | {s['kl']:.4f} ± {s['kl_standard_error']:.4f} | {s['top1']:.3f} | {s['perplexity']:.2f} | "
+                f"| {setting.upper()} | {method}{steps}{stale} | {scores} | "
                 f"{got['seconds']:.0f} | {got['load_average']:.1f} | {got['memory']['peak_bytes'] / 1e9:.2f} GB |"
             )
         learned = [n for _, got in own for n in got["notes"] if n.startswith("learned ")]

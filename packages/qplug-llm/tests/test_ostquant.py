@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qcore.model import adapter_for, load_source
 from qcore.model.reader import DictReader
 from qcore.model.topology import Invariance, Topology
 from qcore.numbers import Int, Offset, PerGroup, PerToken, QuantSpec
 from qcore.numbers.spec import int_weight
+from qcore.pipeline import load_in_memory
+from qcore.plan import make_plan
+from qcore.plugins import load_registry
+from qcore.recipe_file import dump, load_recipe, parse_recipe
 from qcore.transforms import FoldNorm, HadamardRotate, LearnRotations, Rewrite, RewrittenReader, apply_rewrite, rewritten_tensors, rewritten_topology
 from qcore.transforms.apply import place_inserts
 from qcore.transforms.learn import Stretch, Turn, compose
@@ -209,3 +214,21 @@ def test_sizes_without_a_hadamard_matrix_are_foreseen_with_the_fallback():
     notes = HadamardRotate(rest=True).foresee(topology, specs, model)
     assert any("428 channels" in n and "padded with zeros to 432" in n for n in notes)
     assert any("no Hadamard matrix of size 10 is known, rotated in blocks of 2" in n for n in notes)
+
+
+@pytest.mark.parametrize("name", ["quarot-w4a4kv4", "spinquant-w4a4kv4", "ostquant-w4a4", "ostquant-w4a4kv4", "w4a16-ostquant"])
+def test_a_recipe_plans_on_the_trained_llama_and_survives_a_dump(name):
+    registry = load_registry()
+    recipe = load_recipe(name, registry)
+    assert parse_recipe(dump(recipe), registry, name) == recipe
+    loaded = load_source("zoo:tiny-llama", registry.sources)
+    plan = make_plan(loaded, recipe, adapter_for(loaded.model, registry.adapters), registry)
+    assert plan.problems == () and plan.needs_data
+    assert len(plan.decisions) == 4 * 7
+
+
+def test_a_plan_of_gemma2_says_what_is_not_rotated():
+    registry = load_registry()
+    recipe = load_recipe("ostquant-w4a4", registry, ("rules.0.granularity.size=2",))
+    plan = make_plan(load_in_memory(model_of("Gemma2")), recipe, DecoderLM(), registry)
+    assert any("learn-rotations" in n and "residual stream is not rotated" in n for n in plan.notes)

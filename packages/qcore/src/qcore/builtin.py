@@ -24,7 +24,17 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
-    from qcore.transforms import AWQScale, CrossLayerEqualize, FoldNorm, HadamardRotate, IfBeneficial, LearnRotations, Reorder, SmoothQuant, SplitColumns
+    from qcore.transforms import (
+        AWQScale,
+        CrossLayerEqualize,
+        FoldNorm,
+        HadamardRotate,
+        IfBeneficial,
+        LearnRotations,
+        Reorder,
+        SmoothQuant,
+        SplitColumns,
+    )
 
     return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, LearnRotations, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
 

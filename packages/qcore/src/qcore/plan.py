@@ -411,7 +411,9 @@ class _Planner:
             except SpecError as e:
                 self.problems.append(f"transform {transform.name!r}: {e}")
         if self.stream and isinstance(transform, LearnedTransform):
-            self.notes.append(f"transform {transform.name!r} learns through the whole float model, which it holds in memory although the run is streamed")
+            self.notes.append(
+                f"transform {transform.name!r} learns through the whole float model, which it holds in memory although the run is streamed"
+            )
 
     def _left_float(self) -> dict[str, str]:
         of_param: dict[str, list[Site]] = {}

@@ -12,7 +12,17 @@ from qcore.numbers import Int, Offset, PerGroup, PerToken, QuantSpec, fake_quant
 from qcore.numbers.spec import int_weight
 from qcore.testing import check_transform
 from qcore.testing.models import TinyDecoderAdapter, tiny_decoder, tokens
-from qcore.transforms import FoldNorm, HadamardRotate, LearnRotations, Lesson, Rewrite, RewrittenReader, apply_rewrite, rewritten_tensors, rewritten_topology
+from qcore.transforms import (
+    FoldNorm,
+    HadamardRotate,
+    LearnRotations,
+    Lesson,
+    Rewrite,
+    RewrittenReader,
+    apply_rewrite,
+    rewritten_tensors,
+    rewritten_topology,
+)
 from qcore.transforms.apply import place_inserts
 from qcore.transforms.learn import Course, Stretch, Turn, _Student, compose, learn, lessons_of
 from qcore.transforms.learn_rotations import womi

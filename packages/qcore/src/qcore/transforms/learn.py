@@ -157,11 +157,10 @@ def learn(
                 if (loss := student.loss(held_out)) < log.best:
                     log = replace(log, best=loss, at=step + 1, values=state.snapshot())
                 state.keep(lesson, log)
-    for part, value in zip([*state.turns, *state.stretches], log.values, strict=True):
-        if isinstance(part, Turn):
-            part.matrix = nearest_rotation(value) if log.at else value
-        else:
-            part.log = value
+    for turn, value in zip(state.turns, log.values, strict=False):
+        turn.matrix = nearest_rotation(value) if log.at else value
+    for stretch, value in zip(state.stretches, log.values[len(state.turns) :], strict=True):
+        stretch.log = value
     return Learned(compose(parts).then(online), log.losses, log.before, log.best, log.at)
 
 
@@ -368,6 +367,7 @@ def lessons_of(batches: Sequence[Batch], course: Course) -> tuple[list[Batch], l
             f"learning wants at least {course.held_out} held-out sequences and a batch of {course.batch}, there are {len(rows)} of {length} tokens; "
             "calibrate on more samples, or make the batch smaller"
         )
+
     def batch_of(ids: Tensor) -> Batch:
         return ids if isinstance(batches[0], Tensor) else {"input_ids": ids}
 

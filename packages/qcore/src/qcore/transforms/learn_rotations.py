@@ -206,7 +206,9 @@ def _report_qsur(
     if not size:
         return []
     said = ", ".join(f"{name} {torch.tensor(own).exp().mean():.3f}" for name, own in values.items())
-    return [f"QSUR^(1/d) of the inputs that read the residual stream, mean over {len(next(iter(values.values())))}: {said}; at most {torch.tensor(bound(size)).exp():.3f}"]
+    return [
+        f"QSUR^(1/d) of the inputs that read the residual stream, mean over {len(next(iter(values.values())))}: {said}; at most {torch.tensor(bound(size)).exp():.3f}"
+    ]
 
 
 def _input_map(rewrite: Rewrite, param: str, size: int) -> Tensor:

@@ -17,8 +17,8 @@ from qcore.modules.hadamard import HeadHadamard
 from qcore.numbers import QuantSpec, fake_quantize
 from qcore.numbers.hadamard import core_size, padded_size, random_signs
 from qcore.transforms.base import Transform
-from qcore.transforms.rotation_choice import choice_wants, relative, rotation_errors
 from qcore.transforms.rewrite import Hadamard, Insert, ModuleConfig, Rewrite, cut_ties, hadamard_link
+from qcore.transforms.rotation_choice import choice_wants, relative, rotation_errors
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class HadamardRotate(Transform):
         size = link.size // link.heads
         block = largest_block(size)
         if block < size and self.odd_sizes == "refuse":
-            raise SpecError(f"link {link.name!r}: no Hadamard matrix of size {size} is known; use odd_sizes='block' (blocks of {block}) or leave it out")
+            raise SpecError(
+                f"link {link.name!r}: no Hadamard matrix of size {size} is known; use odd_sizes='block' (blocks of {block}) or leave it out"
+            )
         return block
 
     def is_worth_it(

@@ -51,7 +51,7 @@ class RotationAdam:
             m.mul_(self.betas[0]).add_(omega, alpha=1 - self.betas[0])
             v.mul_(self.betas[1]).addcmul_(omega, omega, value=1 - self.betas[1])
             unbiased = m / (1 - self.betas[0] ** self.count)
-            size = (v.mean((-1,-2),keepdim=True) / (1 - self.betas[1] ** self.count)).sqrt_().add_(self.eps)
+            size = (v.mean((-1, -2), keepdim=True) / (1 - self.betas[1] ** self.count)).sqrt_().add_(self.eps)
             r.copy_(r @ cayley(unbiased.div_(size).mul_(-lr / r.shape[-1] ** 0.5)))
 
     def state(self) -> dict[str, Tensor]:
