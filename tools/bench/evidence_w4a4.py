@@ -6,10 +6,10 @@
     python tools/bench/evidence_w4a4.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_w4a4.py --table        write the page from the cells that are there
 
-As `evidence.py`, whose cells stand beside these: the same key, the same scores, one process a cell.  Small on purpose: SmolLM2-135M is calibrated on 16
-windows of 512 tokens of news and measured on 6, tiny-llama on 32 of 256 tokens of its own text and measured on 16; the page says so.  What a cell costs
-on one shared core: tiny-llama 5 to 30 seconds, 2 to 5 minutes where something is learned; SmolLM2-135M 10 seconds by RTN, 2 to 4 minutes by GPTQ, an
-hour where something is learned.
+As `evidence.py`, whose cells stand beside these: the same key, the same scores, one process a cell.  Small on purpose: SmolLM2-135M is calibrated
+on 16 windows of 512 tokens of news and measured on 6, tiny-llama on 32 of 256 tokens of its own text and measured on 16; the page says so.  What a
+cell costs on one shared core: tiny-llama 5 to 30 seconds, 2 to 5 minutes where something is learned; SmolLM2-135M 10 seconds by RTN, 2 to 4 minutes
+by GPTQ, an hour where something is learned.
 """
 
 import argparse
