@@ -100,6 +100,46 @@ def _memory(folder: Path) -> list[str]:
     return [*lines, "", "The seconds are of a machine with other work beside.", "", "![resident memory over time](memory.svg)", ""]
 
 
+def _faults(folder: Path) -> list[str]:
+    """Kills, several processes, damaged files and plans, as the scripts of these names measured them."""
+    lines = ["## Faults", ""]
+    if (file := folder / "kills.json").is_file():
+        kills = json.loads(file.read_text())
+        places = [r["finished_blocks"] for r in kills["runs"] if r["killed"]]
+        hit, all_runs = kills["kills"], len(kills["runs"])
+        lines += [
+            f"Killed with SIGKILL at random moments and resumed, streamed or in memory: {hit} of {all_runs} runs were hit in time (with "
+            f"{min(places)} to {max(places)} of 4 blocks finished); {kills['equal']} of {all_runs} ended with the bytes of a run that nobody killed. "
+            "`python tools/bench/kills.py`",
+            "",
+        ]
+    if (file := folder / "processes.json").is_file():
+        data = json.loads(file.read_text())
+        kl = {(r["recipe"], r["processes"]): r["kl"] for r in data["runs"]}
+        same = "the same" if data["rtn_same_bytes"] else "other"
+        again = "those" if data["killed"]["uninterrupted_equal"] else "not those"
+        lines += [
+            f"Two processes against one, tiny-llama, one thread each: rounding without data gives {same} bytes; GPTQ's KL is "
+            f"{kl['w4a16-gptq', 2]:.5f} against {kl['w4a16-gptq', 1]:.5f}, and {100 * data['gptq_codes_that_differ']:.1f} % of the codes differ: "
+            "sums in another order tip codes over, and each tipped code moves what the later ones make up for. One of two processes killed after the "
+            f"first block: “{data['killed']['said']}”; resumed, the bytes are {again} of two left alone. `python tools/bench/processes.py`",
+            "",
+        ]
+    if (file := folder / "fuzz.json").is_file():
+        fuzz = json.loads(file.read_text())
+        lines += [
+            f"{fuzz['examples']} damaged files (safetensors headers, manifests, indices, recipes, GGUF): "
+            f"{'some failed' if fuzz['failed'] else 'each was read or refused with a clear error'}. `python tools/bench/fuzz.py`",
+            "",
+        ]
+    if (file := folder / "plans.json").is_file():
+        lines += ["| plan of | weights | GB before | after | estimated memory, GB | seconds to plan |", "|---|---|---|---|---|---|"]
+        for row in json.loads(file.read_text())["plans"]:
+            lines.append(f"| {row['model']} | {row['weights']} | {row['before_gb']} | {row['after_gb']} | {row['memory_gb']} | {row['seconds']} |")
+        lines += ["", "From `config.json` alone, imports included; `python tools/bench/plans.py`.", ""]
+    return lines if len(lines) > 2 else []
+
+
 def _picture(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     import matplotlib
 
@@ -144,6 +184,7 @@ def write(cells: Path) -> None:
         if model == "smollm2-135m":
             lines += _peers()
     lines += _memory(cells.parent / "memory")
+    lines += _faults(cells.parent)
     (cells.parent / "README.md").write_text("\n".join(lines))
     _picture(tables, cells.parent / "quality.svg")
 

@@ -28,17 +28,17 @@ def hashes(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir()) if f.name not in ("report.json", "proof.json")}
 
 
-def run(out: Path, *more: str, kill_after: float | None = None) -> tuple[int, float]:
-    """(exit code, seconds) of one run.  kill_after: seconds"""
+def run(out: Path, *more: str, kill_after: float | None = None) -> tuple[int, float, str]:
+    """(exit code, seconds, last line of stderr) of one run.  kill_after: seconds"""
     started = time.monotonic()
     command = [sys.executable, "-m", "qcore", *COMMAND, "-o", str(out), *more]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        process.wait(kill_after)
+        _, said = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    return process.returncode, time.monotonic() - started
+        _, said = process.communicate()
+    return process.returncode, time.monotonic() - started, (said.strip().splitlines() or [""])[-1]
 
 
 def main() -> None:
@@ -50,22 +50,24 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        code, seconds = run(whole)
+        code, seconds, _ = run(whole)
         assert code == 0, "the run that nobody kills failed"
         wanted = hashes(whole)
         for i in range(options.kills):
             out, first = Path(scratch) / f"out{i}", ["--stream"] if i % 2 else []
             then = ["--stream"] if i % 4 == 1 else []
             moment = draw.uniform(0.3, 1.0) * seconds
-            code, _ = run(out, *first, kill_after=moment)
+            code, _, _ = run(out, *first, kill_after=moment)
             done = len(list((out.parent / f"{out.name}.run").glob("block-*.json")))
-            if code == 0:
+            if code == 0 or (out.exists() and not out.with_name(f"{out.name}.run").exists()):  # it had ended, but for its last instructions
                 rows.append({"moment": round(moment / seconds, 3), "killed": False, "equal": hashes(out) == wanted})
                 continue
-            resumed, _ = run(out, "--resume", *then)
+            resumed, _, said = run(out, "--resume", *then)
             left = sorted(p.name for p in out.parent.iterdir() if out.name in p.name and p != out)
             row = {"moment": round(moment / seconds, 3), "killed": True, "streamed": [bool(first), bool(then)], "finished_blocks": done}
             row |= {"resumed": resumed == 0, "equal": resumed == 0 and hashes(out) == wanted, "left_behind": left}
+            if resumed:
+                row["said"] = said
             rows.append(row)
             print(json.dumps(row), flush=True)
     result = {"command": "qcore " + " ".join(COMMAND), "seed": options.seed, "seconds_of_a_whole_run": round(seconds, 1), "files": len(wanted)}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from qcore.checkpoint import save
 from qcore.checkpoint.journal import Journal
-from qcore.errors import CalibrationError, CheckpointError
+from qcore.errors import CalibrationError, CheckpointError, SpecError
+from qcore.model.reader import DictReader
 from qcore.model.source import LoadedModel
 from qcore.modules import serve_in
 from qcore.numbers import Int, PerTensor, QuantSpec, int_activation, int_weight
-from qcore.pipeline import load_in_memory, quantize_model
+from qcore.pipeline import load_in_memory, quantize_model, streamed_float
 from qcore.plugins.registry import Registry
 from qcore.recipe import CalibrationSettings, Recipe, Rule
 from qcore.solvers import GPTQ, RTN
@@ -128,3 +129,14 @@ def test_a_damaged_journal_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match="start again"):
         run(RECIPES["gptq"], tmp_path / "run", tmp_path / "out2", stream=True)
     assert json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_the_streamed_reference_stops_at_the_first_weight_that_is_not_finite():
+    made = loaded()
+    values = {name: made.reader[name].clone() for name in made.reader.names()}
+    name = next(n for n in values if n.endswith("2.mlp.up_proj.weight"))
+    values[name][0, 0] = float("nan")
+    spoilt = LoadedModel(made.model, DictReader(values), made.name, made.dtype)
+    forward = streamed_float(spoilt, TinyDecoderAdapter())
+    with pytest.raises(SpecError, match=name.replace(".", r"\.")):
+        list(forward.each([tokens()]))

@@ -198,14 +198,16 @@ def _solve_bytes(topology: Topology, solves: Iterable[tuple[Site, Shape, bool]])
     return most
 
 
-def choose_budget(print_: Footprint, limit: int | None, *, streams: bool = True, wanted: bool = False) -> Budget:
+def choose_budget(print_: Footprint, limit: int | None, *, streams: bool = True, wanted: bool = False, processes: int = 1) -> Budget:
     """Stream where the limit, or the memory that is free, does not hold the model.
 
-    limit:   bytes; None = 80 % of what the machine can still give
+    limit:   bytes; None = 80 % of what the machine can still give, divided by the processes
     streams: whether the model can be run block by block
     wanted:  whether to stream in any case
     """
-    bound = limit if limit is not None else int(0.8 * (free + resident_memory())) if (free := available_memory()) is not None else None
+    bound = limit
+    if bound is None and (free := available_memory()) is not None:
+        bound = int(0.8 * (free / processes + resident_memory()))
     stream = streams and (wanted or (bound is not None and print_.in_memory > bound))
     taken = print_.streamed if stream else print_.in_memory
     keep = _KEEP if bound is None else max(0, min(_KEEP, bound - taken))

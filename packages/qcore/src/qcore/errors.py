@@ -32,6 +32,10 @@ class PluginError(QcoreError):
     """A plug-in that did not load, clashes with another one, or breaks the contract it signed."""
 
 
+class Stopped(QcoreError):
+    """A run that ended from outside, through no fault of its input: what it has finished is kept, and it can be resumed."""
+
+
 class PlanError(QcoreError):
     """Everything that stands against a run, found before the run."""
 

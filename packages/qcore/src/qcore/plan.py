@@ -15,6 +15,7 @@ from torch import nn
 
 from qcore.budget import Budget, Work, choose_budget, footprint, too_small
 from qcore.calibration.ranges import range_observer
+from qcore.engines import ENGINES, Verdict, Weight
 from qcore.errors import NotFound, PlanError, QcoreError, SpecError
 from qcore.model.adapter import ModelAdapter
 from qcore.model.layers import layout
@@ -83,6 +84,7 @@ class Plan:
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
+    engines:       what programs that serve checkpoints make of it
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
     """
 
@@ -99,6 +101,7 @@ class Plan:
     flops: float = 0.0
     budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    engines: tuple[Verdict, ...] = ()
 
     @property
     def effective_bits(self) -> float | None:
@@ -162,6 +165,7 @@ class Plan:
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
             "transforms": [asdict(t) for t in self.transforms],
+            "engines": [v.to_dict() for v in self.engines],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
         }
@@ -178,6 +182,9 @@ def make_plan(
     max_ram: int | None = None,
     stream: bool = False,
     eval_tokens: int = 0,
+    processes: int = 1,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """Decide everything and check everything; nothing is read but names.  Prepares `loaded.model` in place, as the run itself would.
 
@@ -185,9 +192,27 @@ def make_plan(
     max_ram:  bytes that the run may take; None = what the machine can give
     stream:   whether to stream a model that would fit
     eval_tokens: that the models will be compared on
+    processes: that share the machine; each may take its part of the memory
+    engine:   the program that is to serve the checkpoint, one of `qcore.engines.ENGINES`: what stands against it is a problem then
+    tensor_parallel: over how many devices it is to be split
     """
+    if engine is not None and engine not in ENGINES:
+        raise NotFound(f"there is no engine {engine!r}; have: {', '.join(ENGINES)}")
     adapter.prepare(loaded.model)
-    return _Planner(loaded, recipe, adapter.topology(loaded.model), registry, has_data, torch.device(device), max_ram, stream, eval_tokens).plan()
+    return _Planner(
+        loaded,
+        recipe,
+        adapter.topology(loaded.model),
+        registry,
+        has_data,
+        torch.device(device),
+        max_ram=max_ram,
+        stream=stream,
+        eval_tokens=eval_tokens,
+        processes=processes,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+    ).plan()
 
 
 @dataclass
@@ -201,6 +226,9 @@ class _Planner:
     max_ram: int | None = None
     stream: bool = False
     eval_tokens: int = 0
+    processes: int = 1
+    engine: str | None = None
+    tensor_parallel: int = 1
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: dict[str, list[str]] = field(default_factory=dict)
@@ -240,6 +268,7 @@ class _Planner:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         coverage = self._coverage(needs_data)
         self._flush_alike()
+        engines = self._engines(decisions)
         left = self._left_float()
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
@@ -264,6 +293,7 @@ class _Planner:
             flops=flops,
             budget=budget,
             coverage=coverage,
+            engines=engines,
         )
 
     # one site -----------------------------------------------------------------------------------------------------------------------------
@@ -463,6 +493,24 @@ class _Planner:
             "below": settings.below,
         }
 
+    def _engines(self, decisions: Sequence[Decision]) -> tuple[Verdict, ...]:
+        """What serving programs make of it: of language models all that are known, else the one that was asked for."""
+        config = getattr(self.model, "config", None)
+        if self.engine is None and not hasattr(config, "num_attention_heads"):
+            return ()
+        packings = {d.site: d.packing for d in decisions}
+        weights = [
+            Weight(s.module if s.part is None else f"{s.module}.{s.tensor}.{s.part}", matrix_shape(self.model.get_submodule(s.module), s), spec, a, p)
+            for s in self.sites
+            for spec, a, p in [(self.specs.get(s), self.specs.get(s.input), packings.get(str(s), ""))]
+            if spec is None or p
+        ]
+        verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        if self.engine is not None:
+            own = verdicts[list(ENGINES).index(self.engine)]
+            self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]
+        return verdicts
+
     def _share(self, decision: Decision) -> float:
         """The share of tokens that a weight sees: an expert is not always chosen."""
         module, _, own = decision.site.partition(":")
@@ -487,7 +535,7 @@ class _Planner:
             self.problems.append(problem)
         if self.stream and not streams:
             self.problems.append("the blocks of this model are not fed by the block before alone, so it cannot be streamed; leave out --stream")
-        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream)
+        return choose_budget(estimate, self.max_ram, streams=streams, wanted=self.stream, processes=self.processes)
 
     def _flops(self, decisions: Sequence[Decision], needs_data: bool) -> float:
         settings = self.recipe.calibration

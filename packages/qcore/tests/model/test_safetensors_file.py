@@ -1,6 +1,7 @@
 """Our reader and writer of safetensors against the library's, and against files that mean harm."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_what_is_no_whole_file_is_refused(tmp_path, header, data, length):
         SafetensorsFile(raw(tmp_path, header, data, length))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(os.environ.get("QCORE_FUZZ_EXAMPLES", "300")), deadline=None)
 @given(data=st.data())
 def test_damaged_files_are_read_right_or_refused(data, tmp_path_factory):
     """One byte changed, or the end cut: a QcoreError, or the very tensors that the header now describes; never a crash."""

@@ -252,8 +252,8 @@ def test_damping_is_raised_until_the_gram_factors_and_the_value_is_told(caplog):
     h -= 0.05 * h.diagonal().mean() * torch.eye(48)  # smallest eigenvalues just below zero
     with caplog.at_level(logging.WARNING, logger="qcore"):
         q = GPTQ(damp=1e-4).solve(w, SPECS["int4"], {"gram": h})
-    assert "is not positive definite with damping 0.0001; using 0.001" in caplog.messages[0]
-    assert "using 0.1" in caplog.messages[-1]
+    assert "is not positive definite with damping 0.0001; 0.001 was used" in caplog.messages[0]
+    assert "; 0.1 was used" in caplog.messages[-1]
     assert torch.isfinite(q.dequantize()).all()
 
 

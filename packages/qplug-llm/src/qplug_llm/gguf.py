@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST = 4  # arrays in arrays; no writer makes more than two
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -56,7 +57,8 @@ class _Cursor:
         at = self.skip(n)
         return bytes(self.data[at : at + n]).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """One metadata value; arrays of numbers as NumPy arrays, which take no more memory than the file."""
         if kind in _FIXED:
             return self.one(_FIXED[kind])
         if kind == _STRING:
@@ -67,10 +69,12 @@ class _Cursor:
         if inner in _FIXED:
             code = _FIXED[inner]
             at = self.skip(count * struct.calcsize("<" + code))
-            return list(struct.unpack_from(f"<{count}{code}", self.data, at))
+            return np.frombuffer(self.data, dtype=np.dtype(f"<{code}"), count=count, offset=at).copy()
+        if depth == _DEEPEST:
+            raise CheckpointError(f"{self.path}: metadata of arrays in arrays, more than {_DEEPEST} deep, at byte {self.at}; the file is corrupt")
         if count > len(self.data):
             self.skip(len(self.data))
-        return [self.value(inner) for _ in range(count)]
+        return [self.value(inner, depth + 1) for _ in range(count)]
 
 
 class GGUFFile:
@@ -93,7 +97,7 @@ class GGUFFile:
         for _ in range(pairs):
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.one("I"))
-        if "general.architecture" not in self.metadata:
+        if not isinstance(self.metadata.get("general.architecture"), str):
             raise CheckpointError(f"{path} names no architecture in its metadata")
         self.architecture: str = self.metadata["general.architecture"]
         table = []
@@ -102,6 +106,8 @@ class GGUFFile:
             shape = tuple(reversed([cursor.one("Q") for _ in range(cursor.one("I"))]))
             table.append((name, shape, cursor.one("I"), cursor.one("Q")))
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1:
+            raise CheckpointError(f"{path}: general.alignment is {alignment!r}, which is no positive number; the file is corrupt")
         begin = -(-cursor.at // alignment) * alignment
         self.tensors = {name: self._entry(name, shape, kind, begin + offset) for name, shape, kind, offset in table}
 
@@ -234,18 +240,22 @@ def config_of(file: GGUFFile) -> Any:
 
     table: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     plain = table.get(file.architecture)
+    data: dict[str, Any] = {}
     if plain is not None and _is_plain(file):
-        data: dict[str, Any] = {"model_type": file.architecture, "tie_word_embeddings": "output.weight" not in file.tensors}
+        data |= {"model_type": file.architecture, "tie_word_embeddings": "output.weight" not in file.tensors}
         for key, value in file.metadata.items():
             prefix, _, rest = key.partition(".")
             if prefix == file.architecture and plain.get(rest) not in (None, -1):
-                data[plain[rest]] = value[0] if isinstance(value, list) and len(value) == 1 else value
+                listed = value.tolist() if isinstance(value, np.ndarray) else value
+                data[plain[rest]] = listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
         for key, own in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id"), ("padding_token_id", "pad_token_id")):
             if (value := file.metadata.get(f"tokenizer.ggml.{key}")) is not None:
                 data[own] = value
-        data.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())))
-        return AutoConfig.for_model(**data)
+        tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+        data.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else 0)
     try:
+        if data:
+            return AutoConfig.for_model(**data)
         return AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name, local_files_only=True)
     except Exception as e:  # transformers raises what it likes
         raise CheckpointError(f"{file.path}: transformers cannot read architecture {file.architecture!r} from GGUF ({type(e).__name__}: {e})") from e

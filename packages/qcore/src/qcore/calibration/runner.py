@@ -24,6 +24,7 @@ from qcore.model.layers import layout
 from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
 from qcore.model.topology import Block, Site, within
 from qcore.modules.online import Online
+from qcore.processes import Alone, Processes
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,6 +99,7 @@ class BlockFeed:
     blocks:  in order of execution, all of one `feed`
     autocast: dtype of matrix products while calibrating, None = as the weights are
     affinity: exponent of the row weights that taps give; 0 = every row alike
+    processes: that calibrate together; `batches` are those of this one
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class BlockFeed:
         batches: Sequence[Batch],
         autocast: torch.dtype | None = None,
         affinity: float = 1.0,
+        processes: Processes | None = None,
     ) -> None:
         if not batches:
             raise CalibrationError("there are no calibration batches; pass --calib with a text file, or a data-free recipe such as w4a16-rtn")
@@ -115,7 +118,7 @@ class BlockFeed:
         if len(feeds) > 1:
             raise CalibrationError(f"blocks mix the feeds {', '.join(sorted(feeds))}; an adapter uses one for all")
         self.model, self.adapter, self.blocks, self.batches, self.autocast = model, adapter, tuple(blocks), batches, autocast
-        self.affinity = affinity
+        self.affinity, self.processes = affinity, processes or Alone()
         self.rerun = feeds == {"rerun"}
         self._contexts = [adapter.context(b) for b in batches]
         self._hidden: Sequence[Tensor] = []
@@ -276,13 +279,33 @@ class BlockRunner:
             self.feed.visited_once.add(kind)
         for batch in range(1, len(self.feed.batches)):
             self._pass(watchers, batch, leader, probe=False)
-        results: dict[Site, Seen] = {}
+        # sites that see the same tensor, in every process, get the same result, the very same object
+        leaders, merged = self._merged(watchers, leader)
+        results: dict[tuple[Site, ...], Seen] = {}
         for site in watchers:
-            if leader[site] == site:
+            if leaders[site] not in results:
                 with at(site):
-                    results[site] = _results(watchers[site])
-        # sites that see the same tensor get the same result, the very same object
-        return {site: results[leader[site]] if site in watchers else {} for site in wanted}
+                    results[leaders[site]] = _results(merged(site))
+        return {site: results[leaders[site]] if site in watchers else {} for site in wanted}
+
+    def _merged(
+        self, watchers: Mapping[Site, Sequence[Observer]], leader: Mapping[Site, Site]
+    ) -> tuple[dict[Site, tuple[Site, ...]], Callable[[Site], Sequence[Observer]]]:
+        """(who saw for a site, in each process; the observers of a site, which have seen what all processes saw)."""
+        processes = self.feed.processes
+        if processes.count == 1:
+            return {site: (leader[site],) for site in watchers}, lambda site: watchers[leader[site]]
+        own = {site: [o.state() for o in watchers[site]] for site in watchers if leader[site] == site}
+        brought = processes.share((dict(leader), own))
+
+        def merged(site: Site) -> Sequence[Observer]:
+            observers = [o.fresh() for o in watchers[site]]
+            for leaders, states in brought:
+                for observer, state in zip(observers, states[leaders[site]], strict=True):
+                    observer.merge([state])
+            return observers
+
+        return {site: tuple(leaders[site] for leaders, _ in brought) for site in watchers}, merged
 
     def _pass(self, watchers: Mapping[Site, Sequence[Observer]], batch: int, leader: dict[Site, Site], probe: bool) -> dict[Site, Site]:
         """One forward pass of one batch.

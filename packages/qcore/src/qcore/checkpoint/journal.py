@@ -47,12 +47,13 @@ class Journal:
 
     content: JSON-ready description of all that decides the result; CheckpointError when the folder holds a run with another one, or another process
     fresh:   forget whatever the folder holds
+    guest:   a process beside the one that writes: it reads, and keeps the inputs of its own batches, but no steps and blocks
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], *, fresh: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, content: Mapping[str, Any], *, fresh: bool = False, guest: bool = False) -> None:
+        self.folder, self.guest = folder, guest
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
+        self._lock = None if guest else _locked(folder)
         if fresh:
             for path in folder.iterdir():
                 if path.name != "lock":
@@ -69,7 +70,8 @@ class Journal:
 
     def close(self) -> None:
         """Give the folder free for another process."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     # steps that are found once ------------------------------------------------------------------------------------------------------------
 
@@ -82,6 +84,8 @@ class Journal:
 
     def keep_step(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep what one step found: a rewrite, an allocation, what was learned so far."""
+        if self.guest:
+            return
         self._save(name, tensors)
         _write_json(self.folder / f"{name}.json", data)
 
@@ -102,6 +106,8 @@ class Journal:
     def finish_block(self, index: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep a finished block, after the inputs of the next one; it counts as finished when this returns, and its own inputs are deleted."""
         self.keep_step(f"block-{index:05}", tensors, data)
+        if self.guest:
+            return
         for file in self.folder.glob(f"inputs-{index:05}-*.safetensors"):
             file.unlink()
 
@@ -109,9 +115,9 @@ class Journal:
         """Keep what block `index` reads of one batch."""
         self._save(f"inputs-{index:05}-{batch:05}", {"hidden": hidden})
 
-    def inputs(self, index: int, batches: int) -> "Inputs":
-        """What block `index` reads, of each batch, read when asked for; CheckpointError where a batch is missing."""
-        missing = [b for b in range(batches) if not (self.folder / f"inputs-{index:05}-{b:05}.safetensors").is_file()]
+    def inputs(self, index: int, batches: Sequence[int]) -> "Inputs":
+        """What block `index` reads, of these batches, read when asked for; CheckpointError where a batch is missing."""
+        missing = [b for b in batches if not (self.folder / f"inputs-{index:05}-{b:05}.safetensors").is_file()]
         if missing:
             raise CheckpointError(f"{self.folder} lacks the inputs of block {index} for batch {missing[0]}; delete the folder and start again")
         return Inputs(self.folder, index, batches)
@@ -132,11 +138,11 @@ class Journal:
 class Inputs(Sequence[Tensor]):
     """The hidden states that one block reads, one tensor a batch, on disk."""
 
-    def __init__(self, folder: Path, index: int, batches: int) -> None:
+    def __init__(self, folder: Path, index: int, batches: Sequence[int]) -> None:
         self._folder, self._index, self._batches = folder, index, batches
 
     def __len__(self) -> int:
-        return self._batches
+        return len(self._batches)
 
     @overload
     def __getitem__(self, batch: int) -> Tensor: ...
@@ -144,10 +150,10 @@ class Inputs(Sequence[Tensor]):
     def __getitem__(self, batch: slice) -> list[Tensor]: ...
     def __getitem__(self, batch: int | slice) -> Tensor | list[Tensor]:
         if isinstance(batch, slice):
-            return [self[b] for b in range(*batch.indices(self._batches))]
-        if not 0 <= batch < self._batches:
+            return [self[b] for b in range(*batch.indices(len(self)))]
+        if not 0 <= batch < len(self):
             raise IndexError(batch)
-        return SafetensorsFile(self._folder / f"inputs-{self._index:05}-{batch:05}.safetensors")["hidden"]
+        return SafetensorsFile(self._folder / f"inputs-{self._index:05}-{self._batches[batch]:05}.safetensors")["hidden"]
 
 
 class FinishedBlocks:

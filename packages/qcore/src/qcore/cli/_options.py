@@ -28,6 +28,11 @@ MaxRamOption = Annotated[
     str | None, typer.Option("--max-ram", metavar="SIZE", help="Memory the run may take, 3GiB or 3500MB [default: what is free].", show_default=False)
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Hold one block in memory at a time, also where the model would fit.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", help="What is to serve it: transformers, vllm, llama.cpp or onnxruntime; refuse what it cannot.", show_default=False),
+]
+ParallelOption = Annotated[int, typer.Option("--tensor-parallel", min=1, help="Devices that --engine is to split it over: 1, 2, 4 or 8.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

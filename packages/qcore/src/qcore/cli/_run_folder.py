@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcore.checkpoint.journal import Journal
+    from qcore.processes import Processes
 
 
 def run_folder(out: Path) -> Path:
@@ -45,14 +46,22 @@ def check_target(out: Path, *, force: bool, resume: bool = False) -> bool:
 
 
 @contextmanager
-def running_into(out: Path, content: Mapping[str, Any], *, resume: bool) -> Iterator[tuple["Journal", Path]]:
-    """The journal of the run and the folder to build in, which takes the place of `out` when the block ends well."""
+def running_into(out: Path, content: Mapping[str, Any], *, resume: bool, processes: "Processes | None" = None) -> Iterator[tuple["Journal", Path]]:
+    """The journal of the run and the folder to build in, which takes the place of `out` when the block ends well.
+
+    processes: that share the run; the first makes and finishes the folder, the others read it
+    """
     from qcore.checkpoint.journal import Journal
     from qcore.cli import Interrupted
-    from qcore.errors import QcoreError
+    from qcore.errors import QcoreError, Stopped
 
     out = Path(os.path.abspath(out))
     run = run_folder(out)
+    if processes is not None and processes.rank:
+        processes.share(None)  # the first process has made the folder
+        with _terminable():
+            yield Journal(run, content, guest=True), run / "checkpoint"
+        return
     created = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     journal = Journal(run, content, fresh=not resume)
     building = run / "checkpoint"
@@ -60,6 +69,8 @@ def running_into(out: Path, content: Mapping[str, Any], *, resume: bool) -> Iter
     for left in (*run.glob(".checkpoint.*"), *out.parent.glob(f".{out.name}.replaced-*")):
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
+    if processes is not None:
+        processes.share(None)
     keep = False
     try:
         with _terminable():
@@ -70,6 +81,10 @@ def running_into(out: Path, content: Mapping[str, Any], *, resume: bool) -> Iter
         keep = done > 0
         said = f"; {done} blocks are finished: the same command with --resume goes on" if keep else ""
         raise Interrupted(f"interrupted; nothing was written in {out}/{said}") from None
+    except Stopped as e:
+        keep = _finished(run) > 0
+        then = f"{_finished(run)} blocks are finished: the same command with --resume goes on" if keep else "nothing was finished; start again"
+        raise Stopped(f"{e}; {then}") from e
     except QcoreError:
         raise
     except BaseException:

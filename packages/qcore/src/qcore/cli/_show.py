@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcore.engines import Verdict
     from qcore.evaluation import Report
     from qcore.plan import Plan
 
@@ -91,10 +92,24 @@ def show_plan(plan: "Plan", *, verbose: bool = False, stderr: bool = False) -> N
         bound = f" of {megabytes(plan.budget.limit)}" if plan.budget.limit is not None else ""
         computing += f", about {megabytes(plan.budget.estimate)}{bound} of memory ({how})"
     print(f"estimate: {computing}", file=out)
+    for verdict in plan.engines:
+        print(_served(verdict, verbose), file=out)
     if plan.coverage:
         print(f"experts: {_expected(plan.coverage)}", file=out)
     for note in plan.notes:
         print(f"note: {note}", file=out)
+
+
+def _served(verdict: "Verdict", verbose: bool) -> str:
+    """One line: whether a program can serve the checkpoint, and over how many devices."""
+    if verdict.reasons:
+        said = verdict.reasons if verbose else verdict.reasons[:1]
+        return f"{verdict.engine}: no; " + "; ".join(said)
+    split = [str(n) for n, why in verdict.parallel.items() if not why]
+    words = [f"over {', '.join(split)} devices"] if split else []
+    words += [f"not over {n}: {why[0]}" for n, why in verdict.parallel.items() if why][: None if verbose else 1]
+    words += verdict.notes if verbose else verdict.notes[:1]
+    return f"{verdict.engine}: yes" + "".join(f"; {w}" for w in words)
 
 
 def show_report(report: "Report") -> None:

@@ -7,10 +7,12 @@ import typer
 from qcore.cli._options import (
     AdapterOption,
     CalibOption,
+    EngineOption,
     EvalOption,
     JsonOption,
     MaxRamOption,
     ModelArg,
+    ParallelOption,
     RecipeOption,
     SetOption,
     StreamOption,
@@ -28,6 +30,8 @@ def plan(
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
+    engine: EngineOption = None,
+    tensor_parallel: ParallelOption = 1,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per site instead of one per kind.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,7 +52,17 @@ def plan(
     wanted = load_recipe(recipe, own, setting or ())
     loaded, chosen = open_model(model, own, adapter)
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
-    made = make_plan(loaded, wanted, chosen, own, has_data=has_data(wanted, text), max_ram=limit, stream=stream)
+    made = make_plan(
+        loaded,
+        wanted,
+        chosen,
+        own,
+        has_data=has_data(wanted, text),
+        max_ram=limit,
+        stream=stream,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+    )
     if as_json:
         print_json(made.to_dict())
         if made.problems:

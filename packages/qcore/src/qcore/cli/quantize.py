@@ -19,10 +19,12 @@ import typer
 from qcore.cli._options import (
     AdapterOption,
     CalibOption,
+    EngineOption,
     EvalOption,
     JsonOption,
     MaxRamOption,
     ModelArg,
+    ParallelOption,
     RecipeOption,
     SelectOption,
     SetOption,
@@ -33,6 +35,7 @@ from qcore.cli._options import (
     registry,
     window_length,
 )
+from qcore.processes import Alone
 
 if TYPE_CHECKING:
     from qcore.checkpoint.journal import Journal
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from qcore.model import LoadedModel, ModelAdapter
     from qcore.plan import Plan
     from qcore.plugins import Registry
+    from qcore.processes import Processes
     from qcore.recipe import Recipe
 
 
@@ -56,57 +60,70 @@ def quantize(
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
+    engine: EngineOption = None,
+    tensor_parallel: ParallelOption = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, prove that the checkpoint loads, and measure what it cost.
 
+    Several processes share the work: torchrun --nproc-per-node 2 -m qcore quantize ... (--max-ram is of each of them)
+
     Example: qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/
     """
     from qcore.budget import parse_bytes
-    from qcore.cli._progress import progress
+    from qcore.cli._progress import progress, silent
     from qcore.cli._run_folder import check_target, run_folder
     from qcore.cli._show import print_json, remark, show_plan, show_report
     from qcore.evaluation import MemoryMeter, choose_text
+    from qcore.processes import of_this_run
     from qcore.recipe_file import load_recipe
 
     limit = None if max_ram is None else parse_bytes(max_ram)
-    if check_target(out, force=force, resume=resume):
-        shutil.rmtree(run_folder(out), ignore_errors=True)
-        remark(f"{out}/ is finished; nothing was left to do")
-        return
-    meter = MemoryMeter()
-    own = registry()
-    overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
-    wanted = load_recipe(recipe, own, overrides)
-    started = time.perf_counter()
-    loaded, chosen = open_model(model, own, adapter)
-    seconds = {"load": time.perf_counter() - started}
-    text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
-    with progress(meter.sample) as report_progress:
-        job = Job(
-            loaded,
-            wanted,
-            chosen,
-            own,
-            text,
-            eval_tokens=eval_tokens,
-            window=window,
-            overrides=overrides,
-            seconds=seconds,
-            meter=meter,
-            max_ram=limit,
-            stream=stream,
-            resume=resume,
-            uri=model,
-        )
-        report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json))
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        show_report(report)
-        print(f"written: {out}/ and {out / 'report.json'}")
+    with of_this_run() as processes:
+        first = processes.rank == 0
+        if processes.agreed(first and check_target(out, force=force, resume=resume)):
+            if first:
+                shutil.rmtree(run_folder(out), ignore_errors=True)
+                remark(f"{out}/ is finished; nothing was left to do")
+            return
+        meter = MemoryMeter()
+        own = registry()
+        overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+        wanted = load_recipe(recipe, own, overrides)
+        started = time.perf_counter()
+        loaded, chosen = open_model(model, own, adapter)
+        seconds = {"load": time.perf_counter() - started}
+        text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+        with progress(meter.sample) if first else silent() as report_progress:
+            job = Job(
+                loaded,
+                wanted,
+                chosen,
+                own,
+                text,
+                eval_tokens=eval_tokens,
+                window=window,
+                overrides=overrides,
+                seconds=seconds,
+                meter=meter,
+                max_ram=limit,
+                stream=stream,
+                resume=resume,
+                uri=model,
+                processes=processes,
+                engine=engine,
+                tensor_parallel=tensor_parallel,
+            )
+            report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
+        if report is None:
+            return
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            show_report(report)
+            print(f"written: {out}/ and {out / 'report.json'}")
 
 
 @dataclass
@@ -167,6 +184,9 @@ class Job:
     resume: bool = False
     uri: str = ""
     steps: Steps | None = None
+    processes: "Processes" = field(default_factory=Alone)
+    engine: str | None = None
+    tensor_parallel: int = 1
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -184,8 +204,11 @@ class Job:
 
 def run_quantize(
     job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda phase, done, total: None, show: Callable[[Any], None] = lambda plan: None
-) -> "Report":
-    """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was."""
+) -> "Report | None":
+    """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was.
+
+    None in all processes but the first: they help to quantize, and are done then.
+    """
     from qcore.cli._run_folder import running_into
     from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.plan import make_plan
@@ -199,6 +222,9 @@ def run_quantize(
         has_data=has_data(job.recipe, job.text),
         max_ram=job.max_ram,
         stream=job.stream,
+        processes=job.processes.count,
+        engine=job.engine,
+        tensor_parallel=job.tensor_parallel,
         eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
     )
     plan.require()
@@ -210,7 +236,10 @@ def run_quantize(
             task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
     show(plan)
     run = _Run(job, plan, batches, task, progress)
-    with running_into(out, content_of(job, batches), resume=job.resume) as (journal, folder):
+    with running_into(out, content_of(job, batches), resume=job.resume, processes=job.processes) as (journal, folder):
+        if job.processes.rank:
+            run.solved(journal)
+            return None
         reference = run.reference(journal.folder / "reference")
         result, proof = run.quantized(journal, folder)
         rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
@@ -236,6 +265,7 @@ class _Run:
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""
         from qcore.evaluation import Reference
+        from qcore.pipeline.floats import require_finite_weights
 
         if self.task is None:
             return None
@@ -247,27 +277,34 @@ class _Run:
                 forward: Any = self.steps.streamed_float(loaded, self.job.adapter)
             else:
                 forward = self.steps.float_forward(loaded, self.job.adapter)
-                check_finite(loaded.model)
+                require_finite_weights(loaded.model)
             reference = self.task.reference(forward, place, self.progress)
             del forward
             free(loaded.model)
             return reference
 
-    def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
-        """Quantize, save, and prove what was saved."""
-        job, loaded = self.job, self.job.loaded
-        with job.timed("quantize"):
+    def solved(self, journal: "Journal") -> Any:
+        """Quantize the model in place."""
+        with self.job.timed("quantize"):
             result = self.steps.quantize_model(
-                loaded,
-                job.recipe,
+                self.job.loaded,
+                self.job.recipe,
                 self.batches,
-                registry=job.registry,
-                adapter=job.adapter,
+                registry=self.job.registry,
+                adapter=self.job.adapter,
                 progress=self.progress,
                 journal=journal,
                 stream=self.stream,
                 keep=self.plan.budget.keep if self.plan.budget is not None else 2 << 30,
+                processes=self.job.processes,
             )
+            self.job.processes.part()
+            return result
+
+    def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
+        """Quantize, save, and prove what was saved."""
+        job, loaded = self.job, self.job.loaded
+        result = self.solved(journal)
         with job.timed("save"):
             self.steps.save(
                 result.model,
@@ -344,6 +381,7 @@ def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "recipe": dump(job.recipe),
         "calibration": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
         "threads": torch.get_num_threads(),
+        "processes": job.processes.count,
         "versions": dict(sorted(versions.items())),
     }
 
@@ -358,6 +396,7 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     """Windows of the calibration text, or what the recipe's source makes with the float model, which is in memory only meanwhile."""
     from qcore.calibration.text import start_batches, to_batches
     from qcore.errors import CalibrationError
+    from qcore.pipeline.floats import require_finite_weights
 
     settings, text, model = job.recipe.calibration, job.text.calibration, job.loaded.model
     if settings.source is None:
@@ -371,20 +410,10 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     if windows is None:
         own = text.windows(job.loaded.tokenizer, settings) if text is not None and settings.source.needs_text() else None
         (job.steps or Steps.real()).float_forward(job.loaded, job.adapter)
-        check_finite(model)
+        require_finite_weights(model)
         windows = settings.source.windows(model, settings, own, progress)
         free(model)
     return [*to_batches(windows, settings.batch), *start_batches(windows, settings.starts, settings.starts_weight, settings.seed)]
-
-
-def check_finite(model: Any) -> None:
-    """SpecError that names the first weight with a NaN or an infinity; it would spoil every output, and the reference with it."""
-    from qcore.errors import at
-    from qcore.numbers.tensor import require_finite
-
-    for name, parameter in model.named_parameters():
-        with at(name):
-            require_finite(parameter)
 
 
 def free(model: Any) -> None:
@@ -408,6 +437,7 @@ def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "model": job.uri or job.loaded.name,
         "weights": weights_fingerprint(job.loaded.reader),
         "threads": torch.get_num_threads(),
+        "processes": job.processes.count,
         "recipe": job.recipe.name,
         "toml": dump(job.recipe),
         "seed": job.recipe.calibration.seed,
@@ -469,7 +499,7 @@ def make_report(
         values = 1
         for n in r.shape:
             values *= n
-        sites.append(SiteRow(r.site, r.spec, r.solver, r.packing, kernel, refused, r.error, r.of, r.bits, r.nbytes, values, r.seconds))
+        sites.append(SiteRow(r.site, r.spec, r.solver, r.packing, kernel, refused, r.error, r.of, r.bits, r.nbytes, values, r.seconds, r.remarks))
     quantized = sum(row.values for row in sites)
     packed = sum(row.bytes for row in sites)
     parameters = sum(p.numel() for p in job.loaded.model.parameters()) if not records else plan.bytes_before // job.loaded.dtype.itemsize

@@ -21,6 +21,7 @@ class SiteRow:
     error:   relative squared error, of what `of` says: the layer's "output", or the "weight" where no input was seen
     bits:    effective, of one weight, from packed bytes
     bytes:   packed;  values: how many weights;  seconds: of solving
+    remarks: what was unusual
     """
 
     site: str
@@ -35,6 +36,7 @@ class SiteRow:
     bytes: int
     values: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.stream import StreamedModel
+from qcore.errors import at
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.reader import DictReader, materialize, materialize_outside, retie, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Block
+from qcore.numbers.tensor import require_finite
 
 
 def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
@@ -35,18 +37,29 @@ def float_forward(loaded: LoadedModel, adapter: ModelAdapter) -> Callable[[Batch
 
 
 def streamed_float(loaded: LoadedModel, adapter: ModelAdapter) -> StreamedModel:
-    """The float model, one block of it in memory at a time."""
+    """The float model, one block of it in memory at a time.  SpecError names the first weight with a NaN or an infinity, when its block is read."""
     adapter.prepare(loaded.model)
     model, dtype = loaded.model.eval(), compute_dtype(loaded.dtype)
     blocks = adapter.topology(model).blocks
     ties = tied_groups(model)
     materialize_outside(model, [model.get_submodule(b.module) for b in blocks], loaded.reader, dtype)
     retie(model, ties)
+    require_finite_weights(model)
 
     def fill(block: Block) -> None:
-        materialize(model.get_submodule(block.module), block.module, loaded.reader, dtype)
+        module = model.get_submodule(block.module)
+        materialize(module, block.module, loaded.reader, dtype)
+        require_finite_weights(module, block.module)
 
     return StreamedModel(model, adapter, blocks, fill)
+
+
+def require_finite_weights(module: nn.Module, prefix: str = "") -> None:
+    """SpecError that names the first weight with a NaN or an infinity; it would spoil every output, and the reference with it."""
+    for name, parameter in module.named_parameters(prefix=prefix):
+        if not parameter.is_meta:
+            with at(name):
+                require_finite(parameter)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ class SiteRecord:
              else of the weight itself, ‖ΔW‖² / ‖W‖²
     of:      "output" or "weight": which of the two
     bits:    packed bits per weight, scales and fitted parts included
+    remarks: what was unusual about the weight, its inputs or the way to its codes
     """
 
     site: str
@@ -32,6 +33,7 @@ class SiteRecord:
     bits: float
     nbytes: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass

@@ -20,19 +20,20 @@ from qcore.model.adapter import Batch, ModelAdapter, adapter_for
 from qcore.model.reader import TensorReader, evaporate, materialize, release
 from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
-from qcore.model.topology import Block, Site, join, within
+from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules import module_name, place, rebuild
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
 from qcore.pipeline.floats import compute_dtype
 from qcore.pipeline.record import Quantized, SiteRecord
-from qcore.pipeline.sites import SiteSolver
+from qcore.pipeline.sites import SiteSolver, Solution, shared_out
 from qcore.pipeline.skeleton import Skeleton
 from qcore.pipeline.views import StreamedValues, round_parameters
 from qcore.pipeline.wishes import Wishes
+from qcore.processes import Alone, Processes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
-from qcore.transforms.base import LearnedTransform, Lesson
+from qcore.transforms.base import LearnedTransform, Lesson, Transform
 from qcore.transforms.channels import site_matrix
 from qcore.transforms.rewrite import Rewrite, owner_of, rewritten_topology
 
@@ -49,6 +50,7 @@ def quantize_model(
     journal: Journal | None = None,
     stream: bool = False,
     keep: int = 2 << 30,
+    processes: Processes | None = None,
 ) -> Quantized:
     """Quantize `loaded.model` in place, block by block, and return it with its record.
 
@@ -58,10 +60,11 @@ def quantize_model(
     journal:  where finished blocks are kept; blocks that it holds are not computed again
     stream:   keep one block in memory at a time: the model that comes back has its structure alone, its values are in `Quantized.values`
     keep:     bytes of outputs inside a block that may be kept, so that solved layers need not be run again
+    processes: that share the work; each is given all batches and runs its own
     """
     if stream and journal is None:
         raise CalibrationError("a streamed run keeps its blocks in a journal; pass journal=Journal(folder, content)")
-    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep)
+    run = _Run(loaded, recipe, batches, registry, adapter, progress or (lambda phase, done, total: None), journal, stream, keep, processes or Alone())
     with run.timed("coverage"):
         run.check_coverage()
     with run.timed("transform"):
@@ -73,7 +76,7 @@ def quantize_model(
     with run.timed("bind"):
         run.bind()
     run.result.rewrite = run.skeleton.rewrite
-    run.result.notes += run.skeleton.rewrite.notes
+    run.result.notes += [*run.skeleton.rewrite.notes, *_said(run.result.sites)]
     return run.result
 
 
@@ -91,8 +94,16 @@ class _Run:
         journal: Journal | None,
         stream: bool,
         keep: int,
+        processes: Processes,
     ) -> None:
-        self.loaded, self.batches, self.registry = loaded, batches, registry
+        if processes.count > 1 and 0 < len(batches) < processes.count:
+            raise CalibrationError(
+                f"{processes.count} processes share {len(batches)} calibration batches, and each needs one; start fewer processes, "
+                "or make smaller batches: --set calibration.batch=1"
+            )
+        self.loaded, self.registry, self.processes = loaded, registry, processes
+        self.lessons, self.batches = batches, processes.own(batches)
+        self.batch_numbers = processes.own(range(len(batches)))
         self.progress, self.journal, self.stream, self.keep = progress, journal, stream, keep
         self.model = loaded.model.eval()
         self.adapter = adapter or adapter_for(self.model, registry.adapters)
@@ -142,13 +153,7 @@ class _Run:
             topology = rewritten_topology(self.topology, self.skeleton.rewrite)
             wants = _counted(transform.wants(topology, self.wishes.specs))
             seen = self._observe_model(wants) if wants else {}
-            if isinstance(transform, LearnedTransform):
-                self.skeleton.install("")
-                lesson = Lesson(self.batches, self.adapter, self.progress, self.journal, f"learned-{i}")
-                found = transform.learn(topology, self.wishes.specs, seen, self.model, self.skeleton.reader, lesson)
-            else:
-                found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader)
-            self.skeleton.rewrite = self.skeleton.rewrite.then(found)
+            self._fit(transform, topology, seen, f"learned-{i}")
         if self.journal:
             self.journal.keep_step("rewrite", *self.skeleton.rewrite.state())
 
@@ -159,7 +164,9 @@ class _Run:
             return
         sites = [s for s in self.topology.sites if s in self.wishes.specs and s.param not in self.skeleton.rewrite.dropped]
         reader = self.skeleton.reader
-        choices = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self.skeleton.owners, s.param)))
+        first = self.processes.rank == 0
+        made = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self.skeleton.owners, s.param))) if first else None
+        choices = self.processes.agreed(made)
         chosen = tuple(Rule(str(site).replace("[", "[[]"), c.spec, c.solver) for site, c in choices.items())
         self.wishes.recipe = replace(self.recipe, rules=(*self.recipe.rules, *chosen))
         self.wishes.specs |= self.recipe.specs_for(choices, self.dtype_name)
@@ -181,7 +188,7 @@ class _Run:
             self.skeleton.release_outside()
         if feed is not None and done and not feed.rerun:
             assert self.journal is not None
-            feed.advance(self.journal.inputs(done, len(self.batches)))
+            feed.advance(self.journal.inputs(done, self.batch_numbers))
         for index in range(done, len(blocks)):
             self.progress("block", index, len(blocks))
             self._solve_block(blocks[index], index, feed)
@@ -219,8 +226,7 @@ class _Run:
             with self.timed("observe"):
                 seen = self._observe_stage(stage, runner)
             with self.timed("solve"):
-                for sites in self.sites.together(stage, seen):
-                    solved |= self.sites.solve(sites, seen[sites[0]])
+                solved |= self._solve_stage(stage, seen)
                 inputs |= {site.input: self.wishes.static_parts(site.input, seen[site]) for site in stage if self.wishes.is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
@@ -244,6 +250,18 @@ class _Run:
             evaporate(self.model.get_submodule(block.module))
             return_freed_memory()
 
+    def _solve_stage(self, stage: Sequence[Site], seen: Mapping[Site, Seen]) -> dict[Site, tuple[QTensor, SiteRecord]]:
+        """Choose the codes of all weights of a stage, each in one of the processes; in all of them the leaves hold the values from then on."""
+        groups = self.sites.together(stage, seen)
+        if self.processes.count == 1:
+            found = {i: self.sites.solve(sites, seen[sites[0]]) for i, sites in enumerate(groups)}
+        else:
+            who = shared_out([self.sites.cost(sites) for sites in groups], self.processes.count)
+            own = {i: self.sites.solve(sites, seen[sites[0]]) for i, sites in enumerate(groups) if who[i] == self.processes.rank}
+            found = {i: s for brought in self.processes.share(own) for i, s in brought.items()}
+        solutions: dict[Site, Solution] = {site: s for i, sites in enumerate(groups) for site, s in zip(sites, found[i], strict=True)}
+        return {site: (s.codes, self.sites.settle(site, s)) for site, s in solutions.items()}
+
     def _outputs(self, runner: BlockRunner, index: int) -> Sequence[Tensor]:
         """What block `index` puts out, which the next one reads; in the journal too, where there is one.  Nobody reads the last block's."""
         if index + 1 == len(self.topology.blocks):
@@ -254,12 +272,12 @@ class _Run:
             journal, kept = self.journal, []
 
             def keep(batch: int, hidden: Tensor) -> None:
-                journal.keep_input(index + 1, batch, hidden)
+                journal.keep_input(index + 1, self.batch_numbers[batch], hidden)
                 if not self.stream:
                     kept.append(hidden)
 
             runner.outputs(keep)
-            return journal.inputs(index + 1, len(self.batches)) if self.stream and not runner.feed.rerun else kept
+            return journal.inputs(index + 1, self.batch_numbers) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
         for transform in self.recipe.transforms:
@@ -278,8 +296,24 @@ class _Run:
                 with self.timed("observe"):
                     seen = BlockRunner(feed, index, module).observe(wants)
             with at(f"{block.module}: transform {transform.name}"):
-                found = transform.fit(inside, self.wishes.specs, seen, self.model, self.skeleton.reader)
-            self.skeleton.rewrite = self.skeleton.rewrite.then(found)
+                self._fit(transform, inside, seen)
+
+    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen], page: str = "") -> None:
+        """Fit one transform, in process 0 alone: what comes out must be the same in all to the last digit.
+
+        page: where one of scope "model" that learns, from the batches of all processes, keeps its state
+        """
+        found: Rewrite | None = None
+        if self.processes.rank == 0 and page and isinstance(transform, LearnedTransform):
+            self.skeleton.install("")
+            lesson = Lesson(self.lessons, self.adapter, self.progress, self.journal, page)
+            found = transform.learn(topology, self.wishes.specs, seen, self.model, self.skeleton.reader, lesson)
+        elif self.processes.rank == 0:
+            found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader)
+        if self.processes.count > 1:
+            found = Rewrite.from_state(*self.processes.agreed(None if found is None else found.state()))
+        assert found is not None
+        self.skeleton.rewrite = self.skeleton.rewrite.then(found)
 
     def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
         if runner is None:
@@ -325,7 +359,8 @@ class _Run:
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
     def _feed(self) -> BlockFeed:
-        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self._autocast(), self.recipe.calibration.affinity)
+        affinity = self.recipe.calibration.affinity
+        feed = BlockFeed(self.model, self.adapter, self.topology.blocks, self.batches, self._autocast(), affinity, self.processes)
 
         def run_block(block: Block, call: BlockInput) -> Any:
             self.skeleton.install(block.module)
@@ -376,6 +411,7 @@ class _Run:
                 modules[path] = {"type": name, "config": m.config()}
         tensors = {join(block.module, n): t for n, t in module.state_dict().items()}
         coverage = self.result.coverage.records(block.sites)
+        self.processes.share(None)  # all have kept what the next block reads of their batches, and read what this one did
         self.journal.finish_block(index, tensors, {"modules": modules, "records": [r.__dict__ for r in records], "coverage": coverage})
 
     def _restore(self, block: Block, tensors: TensorReader, data: dict[str, Any]) -> None:
@@ -388,7 +424,7 @@ class _Run:
         else:
             materialize(self.model.get_submodule(block.module), block.module, tensors)
         self.result.coverage.restore(data.get("coverage", ()))
-        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"])}) for r in data["records"]]
+        self.result.sites += [SiteRecord(**{**r, "shape": tuple(r["shape"]), "remarks": tuple(r["remarks"])}) for r in data["records"]]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -402,3 +438,12 @@ class _Run:
 def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Observer, ...]]:
     """The same wishes, with the rows of every part of a fused stack counted: a part may see none."""
     return {site: (*observers, Rows()) if site.part is not None and observers else tuple(observers) for site, observers in wants.items()}
+
+
+def _said(records: Sequence[SiteRecord]) -> list[str]:
+    """The remarks on all weights, each once."""
+    places: dict[str, list[str]] = {}
+    for r in records:
+        for text in r.remarks:
+            places.setdefault(text, []).append(r.site)
+    return [f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {text}" for text, sites in places.items()]

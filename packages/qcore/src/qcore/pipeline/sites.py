@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +20,27 @@ from qcore.numbers.tensor import concat_rows, require_finite, rows_are_apart, sp
 from qcore.pipeline.record import SiteRecord, relative_error
 from qcore.pipeline.views import leaf_at, rows_of
 from qcore.pipeline.wishes import Wishes
+from qcore.remarks import listening, remark
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The codes of one weight.  error, of, remarks: see `SiteRecord`; seconds: of the solver"""
+
+    codes: QTensor
+    error: float
+    of: str
+    seconds: float
+    remarks: tuple[str, ...] = ()
+
+
+def shared_out(costs: Sequence[float], count: int) -> list[int]:
+    """Who of `count` does which piece of work: the costliest first, each to the one with the least to do so far."""
+    loads, who = [0.0] * count, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        who[i] = loads.index(min(loads))
+        loads[who[i]] += costs[i]
+    return who
 
 
 class SiteSolver:
@@ -40,19 +63,27 @@ class SiteSolver:
             groups.setdefault(key, []).append(site)
         return list(groups.values())
 
-    def solve(self, sites: Sequence[Site], seen: Seen) -> dict[Site, tuple[QTensor, SiteRecord]]:
-        """Choose the codes of weights that share their input, and let the float modules hold the values that they stand for."""
+    def cost(self, sites: Sequence[Site]) -> float:
+        """How much work `solve` is, as far as a shape tells: N K², what a column-wise solver does."""
+        shapes = [self._matrix(site).shape for site in sites]
+        return float(sum(n * k * k for n, k in shapes))
+
+    def solve(self, sites: Sequence[Site], seen: Seen) -> list[Solution]:
+        """Choose the codes of weights that share their input."""
         matrices = [self._matrix(site) for site in sites]
         for site, matrix in zip(sites, matrices, strict=True):
             with at(site):
                 self.wishes.spec(site).check(tuple(matrix.shape))
                 require_finite(matrix)
         started = time.perf_counter()
-        with at(", ".join(map(str, sites))):
+        with at(", ".join(map(str, sites))), listening() as heard:
+            _look_at(seen.get("gram"))
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
-        return {site: (piece, self._settle(site, m, piece, seen, seconds)) for site, m, piece in zip(sites, matrices, pieces, strict=True)}
+        errors = [relative_error(m, piece.dequantize().to(m.dtype), seen.get("gram")) for m, piece in zip(matrices, pieces, strict=True)]
+        said = [(*heard, *_remarks_on(m)) for m in matrices]
+        return [Solution(piece, *error, seconds, words) for piece, error, words in zip(pieces, errors, said, strict=True)]
 
     def _matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
@@ -64,12 +95,12 @@ class SiteSolver:
         rows = rows_of(site, whole, param)
         return whole if rows is None else whole[rows]
 
-    def _settle(self, site: Site, matrix: Tensor, q: QTensor, seen: Seen, seconds: float) -> SiteRecord:
-        """Put the values of the codes into the float module in place, and write down how well they do."""
+    def settle(self, site: Site, solution: Solution) -> SiteRecord:
+        """Let the float module in place hold the values that the codes stand for, and write down how well they do."""
+        q = solution.codes
         owner = leaf_at(self.model, site.module)
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
-        values = q.dequantize().to(matrix.dtype)
-        error, of = relative_error(matrix, values, seen.get("gram"))
+        values = q.dequantize().to(param.dtype)
         if site.part is not None and own.piece is not None:
             # a stack is copied once, not once for each of its experts; the copy is this run's own
             if site.param not in self._own_stacks:
@@ -91,11 +122,12 @@ class SiteSolver:
             solver=repr(self.wishes.solver(site)),
             packing=packing.name,
             shape=q.shape,
-            error=error,
-            of=of,
-            bits=round(8 * nbytes / matrix.numel(), 4),
+            error=solution.error,
+            of=solution.of,
+            bits=round(8 * nbytes / prod(q.shape), 4),
             nbytes=nbytes,
-            seconds=round(seconds, 4),
+            seconds=round(solution.seconds, 4),
+            remarks=solution.remarks,
         )
 
     def replace(self, path: str, solved: Mapping[Site, QTensor], inputs: Mapping[Site, Mapping[str, Tensor]]) -> None:
@@ -123,3 +155,18 @@ class SiteSolver:
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
+
+
+def _look_at(gram: Tensor | None) -> None:
+    """Remark on inputs that calibration did not see."""
+    if gram is None:
+        return
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if dead := int((diagonal == 0).sum()):
+        remark(f"{dead} of {diagonal.numel()} inputs were zero on all calibration rows; their weights are rounded to nearest")
+
+
+def _remarks_on(matrix: Tensor) -> tuple[str, ...]:
+    """What is unusual about a float weight."""
+    empty = int((matrix == 0).all(1).sum())
+    return (f"{empty} of {matrix.shape[0]} rows are all zero",) if empty else ()

@@ -13,7 +13,6 @@ The sum over j is organized by halves: solve the left half of a range of columns
 right half.  Nearly all work is then in a few large products, and the innermost steps touch 32 rows that stay in a core's cache.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,9 +24,8 @@ from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError, SpecError
 from qcore.numbers import Offset, QTensor, QuantSpec
 from qcore.numbers.tensor import require_finite
+from qcore.remarks import remark
 from qcore.solvers.scales import Lattice, ScaleSearch, choose_all, per_row
-
-log = logging.getLogger("qcore.solvers.gptq")
 
 _LEAF = 32  # columns of the innermost range, updated after every column
 _SWEEP = 128  # columns of one product in a sweep
@@ -162,8 +160,7 @@ class _Run:
                     f"the Gram [{self.K}, {self.K}] has no Cholesky factor even with {damp:g} times its mean diagonal added: it is not a sum of "
                     "squares of inputs; check the observer, and that calibration activations are finite"
                 )
-            log.warning("the Gram [%d, %d] is not positive definite with damping %g; using %g. More calibration rows help.",
-                        self.K, self.K, damp, stronger)  # fmt: skip
+            remark(f"the Gram [{self.K}, {self.K}] is not positive definite with damping {damp:g}; {stronger:g} was used. More calibration rows help")
             damp = stronger
         D = root.square()
         return h, upper.div_(root.clone().unsqueeze(1)), D

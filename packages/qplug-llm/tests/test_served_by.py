@@ -1,0 +1,28 @@
+"""`qcore plan --engine`: what is to serve the checkpoint is asked before it is made."""
+
+import json
+
+import pytest
+from qcore.cli import main
+
+
+def test_a_plan_says_who_can_serve_it_and_an_engine_that_cannot_is_a_problem(capsys):
+    assert main(["plan", "zoo:tiny-llama", "-r", "w4a16-rtn", "--json"]) == 0
+    engines = {e["engine"]: e for e in json.loads(capsys.readouterr().out)["engines"]}
+    assert engines["vLLM"]["loads"] and engines["vLLM"]["parallel"]["4"] == [] != engines["vLLM"]["parallel"]["8"]
+    assert main(["plan", "zoo:tiny-llama", "-r", "w4a16-rtn", "--engine", "vllm", "--tensor-parallel", "8"]) == 2
+    assert "256 inputs over 8 devices leave 32 each, which groups of 64 do not divide" in capsys.readouterr().err
+
+
+def test_quantize_refuses_what_the_engine_cannot_load_before_it_computes(capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["quantize", "zoo:tiny-llama", "-r", "w2a16-gptq", "--engine", "vllm", "-o", str(out)]) == 2
+    assert "vLLM serves weight-only integers of 4 or 8 bits, got 2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["plan"], ["quantize", "-o", "out"]])
+def test_an_unknown_engine_lists_those_that_are_known(capsys, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], "zoo:tiny-llama", "-r", "w4a16-rtn", "--engine", "tgi", *command[1:]]) == 2
+    assert "there is no engine 'tgi'; have: transformers, vllm, llama.cpp, onnxruntime" in capsys.readouterr().err
