@@ -435,15 +435,14 @@ class _Planner:
 
     def _foresee(self, transform: Any, topology: Topology) -> None:
         """What a transform knows beforehand that it will not do, and whether it needs the whole float model."""
+        name = f"transform {transform.name!r}"
         if callable(foresee := getattr(transform, "foresee", None)):
             try:
-                self.notes += [f"transform {transform.name!r}: {note}" for note in foresee(topology, self.specs, self.model)]
+                self.notes += [f"{name}: {note}" for note in foresee(topology, self.specs, self.model)]
             except SpecError as e:
-                self.problems.append(f"transform {transform.name!r}: {e}")
+                self.problems.append(f"{name}: {e}")
         if self.stream and isinstance(transform, LearnedTransform):
-            self.notes.append(
-                f"transform {transform.name!r} learns through the whole float model, which it holds in memory although the run is streamed"
-            )
+            self.notes.append(f"{name} learns through the whole float model, which it holds in memory although the run is streamed")
 
     def _left_float(self) -> dict[str, str]:
         of_param: dict[str, list[Site]] = {}
