@@ -3,6 +3,7 @@
 transformers' norms compute in float32 whatever the model's dtype is; here they are told that float32 is float64.
 """
 
+import copy
 import sys
 from functools import cache
 from types import ModuleType
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qcore.checkpoint import load, save
+from qcore.checkpoint.journal import Journal
 from qcore.model import adapter_for, load_source
 from qcore.model.reader import DictReader
 from qcore.model.topology import Invariance, Topology
 from qcore.numbers import Int, Offset, PerGroup, PerToken, QuantSpec
 from qcore.numbers.spec import int_weight
-from qcore.pipeline import load_in_memory
+from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
 from qcore.recipe_file import dump, load_recipe, parse_recipe
@@ -141,8 +144,6 @@ def test_each_alone_and_all_together_leave_the_logits_alone(family):
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_the_form_that_learns_is_the_form_that_is_merged(family):
-    import copy
-
     model, topology = model_of(family), topology_of(family)
     fold, parts, online = pieces(family)
     whole = cut_ties(fold.then(compose(parts)).then(online), model, topology.ties)
@@ -232,3 +233,25 @@ def test_a_plan_of_gemma2_says_what_is_not_rotated():
     recipe = load_recipe("ostquant-w4a4", registry, ("rules.0.granularity.size=2",))
     plan = make_plan(load_in_memory(model_of("Gemma2")), recipe, DecoderLM(), registry)
     assert any("learn-rotations" in n and "residual stream is not rotated" in n for n in plan.notes)
+
+
+def test_a_learned_checkpoint_computes_what_was_quantized_streamed_or_not(tmp_path):
+    registry = load_registry()
+    settings = [f"rules.{rule}.granularity.size={size}" for rule, size in ((0, 4), (2, 10))]
+    settings += ["calibration.starts=0", "transforms.1.steps=3", "transforms.1.length=9", "transforms.1.held_out=2"]
+    recipe = load_recipe("ostquant-w4a4kv4", registry, settings)
+    text = [torch.randint(4, 97, (8, 9), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    batches = [{"input_ids": t} for t in text]
+    said = []
+    for stream in (False, True):
+        model = copy.deepcopy(model_of("Llama")).float()
+        journal = Journal(tmp_path / f"journal-{stream}", {"run": 1})
+        q = quantize_model(load_in_memory(model), recipe, batches, registry=registry, adapter=DecoderLM(), journal=journal, stream=stream)
+        out = tmp_path / f"out-{stream}"
+        save(q.model, out, adapter="decoder-lm", registry=registry, values=q.values)
+        again = load(out, skeleton=copy.deepcopy(model_of("Llama")).float(), registry=registry)
+        said.append(logits(again))
+        if not stream:
+            assert torch.equal(said[0], logits(q.model))
+    assert torch.equal(said[0], said[1])
+    assert (tmp_path / "out-False/model.qcore.safetensors").read_bytes() == (tmp_path / "out-True/model.qcore.safetensors").read_bytes()
