@@ -165,7 +165,7 @@ def test_a_scale_of_its_own_for_each_channel_of_a_rotary_pair_breaks_the_model(f
 
 
 def test_scales_of_q_and_k_live_on_the_gains_of_their_norms_on_qwen3():
-    fold, parts, _ = pieces("Qwen3")
+    _fold, parts, _ = pieces("Qwen3")
     touched = {name for p in parts if isinstance(p, Stretch) and p.link.name.endswith("k·q") for name in p.rewrite().edits}
     assert touched and all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in touched)
 

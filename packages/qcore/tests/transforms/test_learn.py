@@ -212,7 +212,7 @@ def tiny_double(model, tie: bool = True):
 
 
 def test_free_scales_of_a_rotary_pair_break_the_function():
-    model, adapter, topology, *_ = decoder()
+    model, _adapter, topology, *_ = decoder()
     link = next(link for link in topology.links if link.share == "half")
     double, x = tiny_double(model), tokens()
     free = torch.rand(link.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
