@@ -119,7 +119,7 @@ def test_gradients_where_student_and_teacher_agree():
 
 
 def test_next_token_needs_tokens_and_leaves_the_last_out():
-    with pytest.raises(SpecError, match="next-token.*kl-top"):
+    with pytest.raises(SpecError, match=r"next-token.*kl-top"):
         next_token(rand(2, 5), rand(2, 5), None, 1)
     q = rand(2, 5)
     assert torch.equal(next_token(q, q, torch.tensor([3, -1]), 1), next_token(q[:1], q[:1], torch.tensor([3]), 1))
