@@ -47,7 +47,7 @@ class Report:
     recipe:  name, overrides, and the whole recipe as TOML
     data:    a sentence; tokens, windows and sha256 of calibration and evaluation data
     size:    before_bytes and after_bytes of all weights as stored; effective_bits per quantized weight and quantized_values
-    quality: the task's name and its scores, the float model's beside; None where there was no data to evaluate on.  report.json has its KL as "kl" too
+    quality: the task's name and its scores, the float model's beside; None where there was no data.  report.json has its KL as "kl" too
     sites:   one row per quantized weight;  left_float: parameter → why it was left float
     seconds: by step of the command;  phases: inside the quantization (some contain others);  memory: bytes, see `MemoryMeter`
     proof:   what was proved of the checkpoint

@@ -76,8 +76,8 @@ class Course:
     k:         of the two first: how many of the teacher's likeliest classes count
     lr_rotation: angle per step, in radians, see `RotationAdam`;  lr_scale: of Adam on log s.  Both fall linearly to zero
     weights:   round the weights too while learning; False = activations alone, as the papers do where GPTQ follows
-    held_out:  sequences that are not learned from.  The numbers that are best on them, looked at every 10 steps, are those that are kept: one step moves
-               the rounding of everything, so the loss jumps about by some per cent
+    held_out:  sequences that are not learned from.  The numbers that are best on them, looked at every 10 steps, are those that are kept: one step
+               moves the rounding of everything, so the loss jumps about by some per cent
     dtype:     of the matrix products while learning: "float32", "bfloat16", or "auto" = bfloat16 where the processor multiplies it natively, which
                takes half the time.  What is found is applied in float64 all the same
     seed:      of the order of the sequences
@@ -348,7 +348,7 @@ class _RoundTap(Tap):
 
 
 def lessons_of(batches: Sequence[Batch], course: Course) -> tuple[list[Batch], list[Batch]]:
-    """(held out, to learn from): batches of `course.batch` sequences of `course.length` tokens, in an order that the seed draws, one epoch after another.
+    """(held out, to learn from): batches of `course.batch` sequences of `course.length` tokens, in an order that the seed draws, epoch after epoch.
 
     Batches that are no token ids are taken as they come; of tokens, sequences that are shorter (the starts of a language model) are left out.
     CalibrationError where nothing is left to learn from.

@@ -1,5 +1,6 @@
 """OSTQuant and SpinQuant: rotations, and scales in the rotated basis, learned through the whole model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -33,20 +34,20 @@ class LearnRotations(Course, HadamardRotate):
         embedding·R,  q k v gate up: W·R,  o down: RᵀW                    one R for the residual stream
         norm gain · S,  the columns of its readers / S                    each norm, in the rotated basis
         v rows · S · R_h,  o columns / S · R_h                            each key-value head; a head of o reads its group's
-        k rows · S,  q rows / S                                           one S for both channels of a rotary pair; on the norms' gains with q and k norms
+        k rows · S,  q rows / S                                           one S for a rotary pair; on the gains of q and k norms where there are any
         up rows · S,  down columns / S
         queries and keys after RoPE, down's input: Hadamard at run time   not learned (`heads`, `rest`)
 
-    Scales are exp of what is learned.  Where a head is written once and read several times, so is its R; biases turn and scale with their rows.  What a
-    link does not allow is left out, link by link; a model without a rotation of the residual stream learns the other pairs.
+    Scales are exp of what is learned.  Where a head is written once and read several times, so is its R; biases turn and scale with their rows.
+    What a link does not allow is left out, link by link; a model without a rotation of the residual stream learns the other pairs.
 
     scales: learn scales too, of all links with a side that will be rounded
     start:  "womi": eigenvectors of the readers' weights, then Hadamard: all rotated columns have equal variance; "hadamard": random signs alone
     other fields: of `Course` and `HadamardRotate`
 
-    Sources: https://arxiv.org/abs/2501.13987 (OSTQuant), sections 3.2 to 3.4; https://arxiv.org/abs/2405.16406 (SpinQuant): rotations alone, from random
-    Hadamard matrices, against the next token.  Differs from OSTQuant's code: scales are positive; S of q and k is shared by the two channels that RoPE
-    turns together, S of v divides o's input axis while learning too (issue 21); no bias comes out of padding.
+    Sources: https://arxiv.org/abs/2501.13987 (OSTQuant), sections 3.2 to 3.4; https://arxiv.org/abs/2405.16406 (SpinQuant): rotations alone, from
+    random Hadamard matrices, against the next token.  Differs from OSTQuant's code: scales are positive; S of q and k is shared by the two channels
+    that RoPE turns together, S of v divides o's input axis while learning too (issue 21); no bias comes out of padding.
     """
 
     name: ClassVar[str] = "learn-rotations"
@@ -206,9 +207,8 @@ def _report_qsur(
     if not size:
         return []
     said = ", ".join(f"{name} {torch.tensor(own).exp().mean():.3f}" for name, own in values.items())
-    return [
-        f"QSUR^(1/d) of the inputs that read the residual stream, mean over {len(next(iter(values.values())))}: {said}; at most {torch.tensor(bound(size)).exp():.3f}"
-    ]
+    count, most = len(next(iter(values.values()))), math.exp(bound(size))
+    return [f"QSUR^(1/d) of the inputs that read the residual stream, mean over {count}: {said}; at most {most:.3f}"]
 
 
 def _input_map(rewrite: Rewrite, param: str, size: int) -> Tensor:
