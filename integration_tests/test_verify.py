@@ -19,7 +19,7 @@ def test_a_checkpoint_is_read_through_and_made_again(out, capsys):
     assert main(["verify", str(out), "--reproduce", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packed_weights_decoded"] == 28
-    assert found["files_reproduced"] == len([f for f in out.iterdir() if f.name not in ("report.json", "proof.json")])
+    assert found["files_reproduced"] == len([f for f in out.iterdir() if f.name not in ("report.json", "report.html", "proof.json")])
 
 
 def test_a_changed_byte_is_found_by_making_it_again(out, capsys):

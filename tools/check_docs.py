@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKSPACE = "qcore qcore-kernels qzoo qplug-"  # what other distributions happen to bring is not documented here
 TITLES = {
     "solver": ("Solvers", "choose the codes of one weight"),
+    "block_solver": ("Block solvers", "improve the codes of a block's weights together, once each was solved on its own"),
     "transform": ("Transforms", "keep the function and ease the numbers"),
     "format": ("Number formats", "what a code can stand for"),
     "observer": ("Observers", "what is kept of the tensors seen in calibration"),
@@ -52,7 +53,9 @@ def methods_page(registry: Any) -> str:
                 "",
                 f"## {title}",
                 "",
-                f"They {what}." if what.split()[0] in ("choose", "keep", "give", "run", "write", "turn") else f"{what[0].upper()}{what[1:]}.",
+                f"They {what}."
+                if what.split()[0] in ("choose", "improve", "keep", "give", "run", "write", "turn")
+                else f"{what[0].upper()}{what[1:]}.",
                 "",
                 "| name | what it does | options | from |",
                 "|---|---|---|---|",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from qcore.calibration import MSE
 from qcore.errors import NotFound, QcoreError, SpecError
 from qcore.numbers import (
     Codebook,
@@ -29,6 +30,7 @@ from qcore.numbers import (
 from qcore.plugins.shelf import Shelf
 from qcore.recipe import CalibrationSettings, Recipe, Rule
 from qcore.recipe_file import dump, load_recipe, override, parse_recipe
+from qcore.transforms import FoldBatchNorm
 
 RECIPES = Path(__file__).parents[1] / "src/qcore/recipes"
 
@@ -47,6 +49,8 @@ class Columns:
     name: ClassVar[str] = "gptq"
     damp: float = 0.01
     act_order: bool = False
+    clip: str = "mse"
+    signed_scale: bool = True
     inner: Nearest = field(default_factory=Nearest)
     sizes: tuple[int, ...] = ()
     observes: ClassVar[tuple[()]] = ()
@@ -74,7 +78,8 @@ def toy_registry() -> Any:
     return SimpleNamespace(
         formats=shelf("formats", Int, Float, PowerOfTwo, Codebook),
         solvers=shelf("solvers", Nearest, Columns),
-        transforms=shelf("transforms", Smooth, Awq),
+        transforms=shelf("transforms", Smooth, Awq, FoldBatchNorm),
+        observers=shelf("observers", MSE),
         packings=shelf("packings"),
         recipes=shelf("recipes", *sorted(RECIPES.glob("*.toml"))),
     )
@@ -139,9 +144,11 @@ def test_shipped_recipe_has_its_files_name_and_survives_a_dump(path: Path, regis
     assert parse_recipe(dump(recipe), registry, name=recipe.name) == recipe
 
 
-def test_shipped_recipes_are_those_promised() -> None:
+def test_promised_recipes_are_shipped() -> None:
     names = {p.stem for p in RECIPES.glob("*.toml")}
-    assert names == {"w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "smoothquant-w8a8", "fp8"}
+    weights = {"w8a16-rtn", "w4a16-rtn", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "mixed"}
+    caches = {"kv8", "kv4", "kv2-kivi", "rtn-w4a4kv4"}
+    assert names >= weights | caches | {"smoothquant-w8a8", "fp8", "mxfp4", "nvfp4", "zeroquant-fp-w4a8", "cnn-w8a8", "cnn-w4a8"}
 
 
 def test_shipped_recipe_says_what_its_name_says(registry: Any) -> None:

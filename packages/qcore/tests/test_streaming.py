@@ -9,6 +9,7 @@ import pytest
 import torch
 from qcore.checkpoint import save
 from qcore.checkpoint.journal import Journal
+from qcore.checkpoint.rewrite_file import write_rewrite
 from qcore.errors import CalibrationError, CheckpointError, SpecError
 from qcore.model.reader import DictReader
 from qcore.model.source import LoadedModel
@@ -66,6 +67,7 @@ def run(recipe, folder: Path, out: Path, *, stream: bool, progress=None, dtype=t
             )
             serve_in(q.model, source.dtype)
             save(q.model, out, registry=Registry(""), adapter="", values=q.values, shard_bytes=6_000)
+            write_rewrite(out, q.rewrite)
     finally:
         journal.close()
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(out.iterdir())}

@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,11 @@ def test_four_outliers_flip_a_uniform_weight_to_vectors_and_back():
 # allocation ------------------------------------------------------------------------------------------------------------------------------
 
 
+def look(weights: dict[Site, Tensor]) -> SimpleNamespace:
+    """What an allocator that reads weights alone may see."""
+    return SimpleNamespace(weight=weights.__getitem__)
+
+
 def twenty() -> dict[Site, Tensor]:
     g = torch.Generator().manual_seed(4)
     weights = {}
@@ -118,7 +124,7 @@ def twenty() -> dict[Site, Tensor]:
 @pytest.mark.parametrize("share", [0.9, 0.5, 1.0, 0.0])
 def test_the_share_of_scalar_weights_is_met(share):
     weights = twenty()
-    choices = RWKVQuant(scalar_share=share).allocate(list(weights), weights.__getitem__)
+    choices = RWKVQuant(scalar_share=share).allocate(list(weights), look(weights))
     scalar = sum(isinstance(c.spec.format, Int) for c in choices.values())
     assert abs(scalar - 20 * share) <= 1
     assert all(isinstance(c.solver, GPTQ if isinstance(c.spec.format, Int) else GPTVQ) for c in choices.values())
@@ -127,7 +133,7 @@ def test_the_share_of_scalar_weights_is_met(share):
 
 def test_vectors_go_to_the_weights_that_are_least_uniform():
     weights = twenty()
-    choices = RWKVQuant().allocate(list(weights), weights.__getitem__)
+    choices = RWKVQuant().allocate(list(weights), look(weights))
     fine = {s: proxies(w).fine for s, w in weights.items()}
     vector = [s for s, c in choices.items() if isinstance(c.spec.format, LowRankCodebook)]
     # the coarse proxy has a third of the choices, so the order by the fine one may differ by some places
@@ -146,7 +152,7 @@ def test_bits_are_those_of_the_paper():
 def test_thresholds_by_hand_and_the_released_codes_rule():
     weights = {Site("a"): rand("uniform", 4096).view(64, 64), Site("b"): rand("t3", 4096).view(64, 64)}
     for allocator in (RWKVQuant(coarse=1.54, fine=30.0), RWKVQuant(proxy="crest", crest_limit=4.0)):
-        choices = allocator.allocate(list(weights), weights.__getitem__)
+        choices = allocator.allocate(list(weights), look(weights))
         assert isinstance(choices[Site("a")].spec.format, Int) and isinstance(choices[Site("b")].spec.format, LowRankCodebook)
     with pytest.raises(SpecError, match="pairs"):
         RWKVQuant(coarse=1.54)
@@ -155,7 +161,7 @@ def test_thresholds_by_hand_and_the_released_codes_rule():
 
 
 def test_element_wise_sites_are_left_to_the_rules():
-    assert RWKVQuant().allocate([Site("a.x_r", "mu")], lambda s: torch.zeros(1, 4)) == {}
+    assert RWKVQuant().allocate([Site("a.x_r", "mu")], look({})) == {}
 
 
 # codebooks of element-wise weights -------------------------------------------------------------------------------------------------------

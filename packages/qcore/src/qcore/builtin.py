@@ -17,9 +17,9 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Sample
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Sample, Spikes
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Sample]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Sample, Spikes]
 
 
 @hookimpl
@@ -27,23 +27,51 @@ def qcore_transforms():
     from qcore.transforms import (
         AWQScale,
         CrossLayerEqualize,
+        FoldBatchNorm,
         FoldNorm,
         HadamardRotate,
         IfBeneficial,
         LearnRotations,
+        LowRank,
         Reorder,
         SmoothQuant,
         SplitColumns,
     )
 
-    return [FoldNorm, SmoothQuant, AWQScale, HadamardRotate, LearnRotations, Reorder, CrossLayerEqualize, SplitColumns, IfBeneficial]
+    return [
+        FoldBatchNorm,
+        FoldNorm,
+        SmoothQuant,
+        AWQScale,
+        HadamardRotate,
+        LearnRotations,
+        Reorder,
+        CrossLayerEqualize,
+        SplitColumns,
+        LowRank,
+        IfBeneficial,
+    ]
 
 
 @hookimpl
 def qcore_solvers():
-    from qcore.solvers import GPTQ, GPTVQ, RTN
+    from qcore.solvers import GPTQ, GPTVQ, HQQ, RTN
 
-    return [RTN, GPTQ, GPTVQ]
+    return [RTN, HQQ, GPTQ, GPTVQ]
+
+
+@hookimpl
+def qcore_block_solvers():
+    from qcore.solvers import AdaRound, LearnedClipping, SignRound
+
+    return [SignRound, AdaRound, LearnedClipping]
+
+
+@hookimpl
+def qcore_allocators():
+    from qcore.solvers import Mixed
+
+    return [Mixed]
 
 
 @hookimpl
@@ -51,11 +79,13 @@ def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
+    from qcore.modules.kv_cache import KVCache
+    from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, HeadHadamard, Sum, QuantizedTap]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, HeadHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
 
 
 @hookimpl
@@ -91,6 +121,13 @@ def qcore_tasks():
     from qcore.evaluation import Agreement, LanguageModeling
 
     return [LanguageModeling, Agreement]
+
+
+@hookimpl
+def qcore_exporters():
+    from qcore.checkpoint.exporters import OnnxExporter
+
+    return [OnnxExporter]
 
 
 @hookimpl

@@ -4,7 +4,7 @@ Sizes are those of packed parts; memory and time are estimates, and are called s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from math import prod
@@ -22,12 +22,15 @@ from qcore.model.layers import layout
 from qcore.model.reader import owned_names, tied_groups
 from qcore.model.source import LoadedModel
 from qcore.model.topology import Site, Topology
+from qcore.modules.conv import QuantizedConv
+from qcore.modules.kv_cache import bytes_per_token, kv_problem
 from qcore.numbers import QuantSpec, quantize
 from qcore.numbers.granularity import Shape
+from qcore.ops.conv import ConvJob
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
-from qcore.recipe import Recipe
+from qcore.recipe import Recipe, resolve_scale
 from qcore.transforms.base import LearnedTransform
 
 # matrix products of a small machine; the estimate says so
@@ -80,18 +83,21 @@ class Plan:
     """What a run would do, and everything that stands against it.
 
     left_float:    parameter → why it stays float
+    refused:       axis of a weight → why no transform may touch it
     problems:      what must be mended first
     notes:         what is worth knowing
     flops:         of calibration and solving, an estimate
     budget:        memory, an estimate, and whether the model is streamed
     engines:       what programs that serve checkpoints make of it
     coverage:      of models with fused experts: how many there are, what data they will see, and what happens to those that see too little
+    cache:         of recipes with a policy for keys and values: what is stored, and bytes of each token over all layers
     """
 
     model: str
     recipe: str
     decisions: tuple[Decision, ...]
     left_float: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[TransformUse, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -101,6 +107,7 @@ class Plan:
     flops: float = 0.0
     budget: Budget | None = None
     coverage: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
     engines: tuple[Verdict, ...] = ()
 
     @property
@@ -164,10 +171,12 @@ class Plan:
             "memory": None if self.budget is None else self.budget.to_dict(),
             "needs_calibration_data": self.needs_data,
             "coverage": dict(self.coverage),
+            "cache": dict(self.cache),
             "transforms": [asdict(t) for t in self.transforms],
             "engines": [v.to_dict() for v in self.engines],
             "sites": [asdict(d) for d in self.decisions],
             "left_float": dict(self.left_float),
+            "refused": dict(self.refused),
         }
 
 
@@ -247,13 +256,16 @@ class _Planner:
     def plan(self) -> Plan:
         decisions = tuple(d for site in self.sites if site in self.specs and (d := self._decide(site)) is not None)
         self._check_rules()
+        cache = self._cache()
         self._check_tensors()
         uses = self._transforms()
         allocator = self.recipe.allocator
         solvers = [self._solver(s) for s in self.sites if s in self.specs] + list(allocator.solvers if allocator else ())
-        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static)
+        needs_data = any(u.observes for u in uses) or any(s.observes for s in solvers) or bool(self._static) or self.recipe.block_solver is not None
         if allocator is not None:
+            needs_data = needs_data or allocator.needs != "weights"
             self.notes.append(f"allocator {allocator.name!r} chooses spec and solver when it has read the weights; sizes are those of the rules")
+            self._check_allocator(decisions)
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
@@ -264,7 +276,7 @@ class _Planner:
             self.problems.append(
                 f"calibration.length={length} is longer than what {self.loaded.name} can see, {context} tokens; --set calibration.length={context}"
             )
-        if not decisions and not self.problems:
+        if not decisions and not any(s in self.specs for s in self.topology.activations) and not self.problems and not self.alike:
             self.problems.append(f'recipe {self.recipe.name!r} quantizes nothing of {self.loaded.name}; add a rule, such as sites = "*:weight"')
         coverage = self._coverage(needs_data)
         self._flush_alike()
@@ -273,6 +285,11 @@ class _Planner:
         before, after = self._sizes(decisions)
         flops = self._flops(decisions, needs_data)
         budget = self._budget(decisions, needs_data, after)
+        if allocator is not None and budget.stream and allocator.needs in ("model", "gradients"):
+            self.problems.append(
+                f"allocator {allocator.name!r} runs the whole float model in memory, and this run is streamed; take a metric of weights or inputs "
+                "(--set allocator.metric=output), or give it more memory"
+            )
         source = self.recipe.calibration.source
         if needs_data and budget.stream and source is not None and source.kept(self.model, self.recipe.calibration) is None:
             self.problems.append(
@@ -284,6 +301,7 @@ class _Planner:
             recipe=self.recipe.name,
             decisions=decisions,
             left_float=left,
+            refused={str(port): why for port, why in self.topology.blocked.items()},
             transforms=uses,
             problems=tuple(self.problems),
             notes=(*self.loaded.notes, *self.notes),
@@ -293,6 +311,7 @@ class _Planner:
             flops=flops,
             budget=budget,
             coverage=coverage,
+            cache=cache,
             engines=engines,
         )
 
@@ -311,6 +330,14 @@ class _Planner:
         except QcoreError as e:
             self._problem(site, str(e))
             return None
+        if activation is not None and (isinstance(module, nn.Linear) or site.part is not None):
+            try:
+                activation.check((1, shape[1]))
+            except QcoreError as e:
+                self._problem(site.input, str(e))
+                return None
+        if self.recipe.block_solver is not None and (why := self.recipe.block_solver.refuses(spec)):
+            self._problem(site, f"{why}; leave out `block_solver`, or store integers")
         packing = self._packing(site, spec, shape, activation)
         if packing is None:
             return None
@@ -343,12 +370,13 @@ class _Planner:
         return None
 
     def _kernel(self, module: nn.Module, site: Site, packing: Any, spec: QuantSpec, shape: Shape, activation: QuantSpec | None) -> Choice | None:
-        """The kernel expected to run it; None where neither the module nor a part of it is a linear layer, whose op is known when it is replaced."""
-        if not isinstance(module, nn.Linear) and site.part is None:
+        """The kernel expected to run it; None where it is neither a linear layer nor a convolution: its op is known when it is replaced."""
+        conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not isinstance(module, nn.Linear) and site.part is None and not conv:
             return None
         try:
-            unpack = partial(packing.unpack, spec=spec, shape=shape)
-            return choose(self.kernels, Job("linear", packing.name, spec, shape, activation, self.device, self.loaded.dtype, unpack))
+            about = (packing.name, spec, shape, activation, self.device, self.loaded.dtype, partial(packing.unpack, spec=spec, shape=shape))
+            return choose(self.kernels, ConvJob("conv", *about, QuantizedConv.geometry_of(module)) if conv else Job("linear", *about))
         except NotFound as e:
             self._problem(site, str(e))
             return None
@@ -365,9 +393,30 @@ class _Planner:
 
     # the whole ----------------------------------------------------------------------------------------------------------------------------
 
+    def _check_allocator(self, decisions: Sequence[Decision]) -> None:
+        """What the allocator says against the run, of the weights that the rules would quantize."""
+        allocator, shapes = self.recipe.allocator, {d.site: d.shape for d in decisions}
+        assert allocator is not None
+        sites = {s: prod(shapes[str(s)]) for s in self.sites if s in self.specs and str(s) in shapes}
+
+        def nbytes(site: Site, spec: QuantSpec) -> int | None:
+            shape, own = shapes[str(site)], resolve_scale(spec, str(self.loaded.dtype).removeprefix("torch."))
+            try:
+                own.check(shape)
+                return self._packed_bytes(first_that_accepts(self.packings.values(), own, shape, self.specs.get(site.input)), own, shape)
+            except QcoreError:
+                return None
+
+        self.problems += allocator.problems(sites, nbytes)
+
     def _check_rules(self) -> None:
         names = [str(s) for s in self.all_sites]
-        for rule in self.recipe.unmatched(self.all_sites):
+        # a transform that splits leaves says what it calls the parts: rules may name them before they are there
+        parts = {part for t in self.recipe.transforms for part in getattr(t, "parts", ())}
+        split = [Site(f"{s.module}.{part}", s.tensor, role=s.role) for s in self.all_sites for part in sorted(parts)]
+        for rule in self.recipe.unmatched([*self.all_sites, *split]):
+            if rule.window is not None and not any(s.cached for s in self.topology.activations):
+                continue  # the check of the cache says more
             near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
             self.problems.append(
                 f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {self.loaded.name}; sites look like {' and '.join(near)} "
@@ -385,6 +434,38 @@ class _Planner:
                 range_observer(self.specs[site], None if own is None else own.observer)
             except SpecError as e:
                 self._problem(site, str(e))
+
+    def _cache(self) -> dict[str, Any]:
+        """What the cache of keys and values will hold, and what stands against it."""
+        kept = [s for s in self.topology.activations if s.cached]
+        for rule in self.recipe.rules:
+            if rule.window is None:
+                continue
+            if not kept:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache of keys and values (window={rule.window}), and {self.loaded.name} keeps none: it is "
+                    "no decoder with attention, or it caches something else (latents, a state); drop the rule"
+                )
+            elif wrong := [s for s in self.all_sites if s not in kept and self.recipe.rule_for(s) is rule]:
+                self.problems.append(
+                    f"the rule {rule.sites!r} is about a cache (window={rule.window}), but names {_names(map(str, wrong))}, which no cache keeps; "
+                    'name keys and values alone, "*:[kv]", or leave `window` out'
+                )
+        quantized = [s for s in kept if s in self.specs]
+        sound = []
+        for site in quantized:
+            if why := kv_problem(self.specs[site], site.heads, site.head_dim):
+                self._problem(site, why)
+            else:
+                sound.append(site)
+        if not sound or len(sound) < len(quantized) or not all(s.heads and s.head_dim for s in kept):
+            return {}
+        before = sum(s.heads * s.head_dim * self.itemsize for s in kept)
+        after = sum(bytes_per_token(self.specs[s], s.heads, s.head_dim) if s in self.specs else s.heads * s.head_dim * self.itemsize for s in kept)
+        policies = dict.fromkeys((s.tensor, self.specs[s], self.recipe.rule_for(s)) for s in sound)
+        said = [f"{place} {spec}" + (f", the last {rule.window} tokens float" if rule and rule.window else "") for place, spec, rule in policies]
+        self.notes.append(f"cache of keys and values: {'; '.join(said)}; {before:,} bytes per token become {after:,.0f}")
+        return {"policies": said, "bytes_per_token": {"before": before, "after": after}}
 
     @property
     def _static(self) -> list[Site]:
@@ -505,6 +586,10 @@ class _Planner:
             if spec is None or p
         ]
         verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        if inside := [s for s in self.topology.activations if s in self.specs]:
+            # a policy of a cache, or a tensor inside a module: no other program's format has a word for it
+            why = f"{_names(map(str, inside))}: {self.specs[inside[0]]} inside the model is run by qcore alone, or after `import qcore.hf`"
+            verdicts = tuple(replace(v, reasons=(*v.reasons, why), parallel={}) for v in verdicts)
         if self.engine is not None:
             own = verdicts[list(ENGINES).index(self.engine)]
             self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]
@@ -582,6 +667,8 @@ def packed_bytes(packing: Any, spec: QuantSpec, shape: Shape) -> int:
     (Packing on meta would do as well, but torch's arithmetic on meta tensors imports its compiler, which takes longer than a whole plan.)
     """
     n, k = shape
+    if getattr(spec.format, "iterations", 1) > 1:  # a codebook is as large after one round of k-means as after a hundred
+        spec = replace(spec, format=replace(spec.format, iterations=1))  # type: ignore[type-var]
     height = spec.granularity.block(shape)[0]
     step = 32 * (height if height < n else 1)  # whole blocks, whole words
 

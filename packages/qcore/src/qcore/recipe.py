@@ -11,9 +11,9 @@ from qcore.calibration.selectors import Selector
 from qcore.calibration.source import CalibrationSource
 from qcore.errors import SpecError
 from qcore.model.topology import Site, Topology
-from qcore.numbers import QuantSpec
+from qcore.numbers import PerHead, QuantSpec
 from qcore.solvers.allocate import Allocator
-from qcore.solvers.base import WeightSolver
+from qcore.solvers.base import BlockSolver, WeightSolver
 from qcore.transforms.base import Transform
 
 AUTO_SCALE = "auto"
@@ -29,6 +29,8 @@ class Rule:
     packing: a packing by name; None = the first that accepts the spec
     scale:   "auto" = the scale dtype that the model's own dtype holds exactly (see `resolve_scale`); only for specs with a float scale
     observer: what finds the range of activations with static scales; None = the extremes
+    window:   of keys and values in a cache: so many tokens at its end stay float.  A number, 0 too, says that the rule is about a cache, and a plan
+              for a model without one refuses it; None = a cached tensor has no window
     """
 
     sites: str
@@ -37,8 +39,11 @@ class Rule:
     packing: str | None = None
     scale: Literal["auto", "spec"] = "auto"
     observer: Observer | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and (self.window < 0 or self.spec is None):
+            raise SpecError(f"rule {self.sites!r}: window is a number of cached tokens that stay float, 0 or more, got {self.window} for {self.spec}")
         if self.observer is not None and (self.spec is None or self.spec.when != "static"):
             raise SpecError(f"rule {self.sites!r}: an observer finds static scales of activations, but this rule stores {self.spec or 'floats'}")
 
@@ -94,19 +99,25 @@ class CalibrationSettings:
 class Recipe:
     """Rules say what is stored; transforms, solver and calibration say how it is found.
 
+    block_solver: improves the codes of each block's weights together, once each was solved on its own; None = nobody
     allocator: chooses spec and solver for the weights that the rules quantize, once all are known; None = what the rules say
     propagate: what a block is calibrated on. "weights": the outputs of the quantized blocks before it, activations float;
                "all": also with quantized activations; "float": the float model's own
+    correct_bias: take from each layer's bias what the codes of its weight add to its mean output, b' = b - (Ŵ - W)·E[x]: Nagel et al. 2019,
+               https://arxiv.org/abs/1906.04721, section 4.2, equation 17.  E[x] is measured on calibration data, behind layers that are
+               corrected already (the paper's appendix D), not taken from batch norms.  Layers without a bias are left as they are
     """
 
     name: str = "recipe"
     description: str = ""
     rules: tuple[Rule, ...]
     solver: WeightSolver
+    block_solver: BlockSolver | None = None
     transforms: tuple[Transform, ...] = ()
     allocator: Allocator | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     propagate: Literal["float", "weights", "all"] = "weights"
+    correct_bias: bool = False
 
     def rule_for(self, site: Site) -> Rule | None:
         """The last rule whose pattern matches."""
@@ -123,7 +134,10 @@ class Recipe:
             rule = self.rule_for(site)
             if rule is not None and rule.spec is not None:
                 auto = rule.scale == "auto" and dtype_name is not None
-                specs[site] = resolve_scale(rule.spec, dtype_name) if auto else rule.spec  # type: ignore[arg-type]
+                spec = resolve_scale(rule.spec, dtype_name) if auto else rule.spec  # type: ignore[arg-type]
+                if spec.granularity == PerHead() and site.heads:
+                    spec = replace(spec, granularity=PerHead(site.heads))
+                specs[site] = spec
         return specs
 
     def wishes(self, topology: Topology, dtype_name: str) -> dict[Site, QuantSpec]:
@@ -154,11 +168,14 @@ def describe(recipe: Recipe) -> Mapping[str, Any]:
         "description": recipe.description,
         "rules": [
             {"sites": r.sites, "spec": None if r.spec is None else str(r.spec), "solver": None if r.solver is None else repr(r.solver)}
+            | ({} if r.window is None else {"window": r.window})
             for r in recipe.rules
         ],
         "solver": repr(recipe.solver),
+        "block_solver": None if recipe.block_solver is None else repr(recipe.block_solver),
         "transforms": [repr(t) for t in recipe.transforms],
         "allocator": None if recipe.allocator is None else repr(recipe.allocator),
         "calibration": repr(recipe.calibration),
         "propagate": recipe.propagate,
+        "correct_bias": recipe.correct_bias,
     }

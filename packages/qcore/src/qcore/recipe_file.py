@@ -21,6 +21,14 @@ A class is named by `name`, its fields are the other keys; nothing else is accep
     granularity = "tensor"
     observer = { name = "percentile", q = 0.9999 }  # optional: minmax finds the extremes
 
+    [[rules]]                                       # the cache of keys (after RoPE) and values: docs/kv-cache.md
+    sites = "*:[kv]"
+    format = { name = "int", bits = 4 }
+    granularity = "head"                            # one scale for each token and head
+    offset = "code"
+    when = "dynamic"
+    window = 0                                      # so many tokens at the end of the cache stay float
+
     [solver]
     name = "gptq"
     damp = 0.01
@@ -50,8 +58,8 @@ from qcore.recipe import AUTO_SCALE, CalibrationSettings, Recipe, Rule
 Table = dict[str, Any]
 
 _SPEC_KEYS = ("format", "granularity", "offset", "scale", "when")
-_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer")
-_RECIPE_KEYS = ("description", "extends", "rules", "solver", "transforms", "allocator", "calibration", "propagate")
+_RULE_KEYS = ("sites", "float", *_SPEC_KEYS, "auto_scale", "solver", "packing", "observer", "window")
+_RECIPE_KEYS = ("description", "extends", "rules", "solver", "block_solver", "transforms", "allocator", "calibration", "propagate", "correct_bias")
 _PROPAGATE = ("float", "weights", "all")
 
 
@@ -88,11 +96,15 @@ def dump(recipe: Recipe) -> str:
     if recipe.description:
         lines.append(f"description = {_toml(recipe.description)}")
     lines.append(f"propagate = {_toml(recipe.propagate)}")
+    if recipe.correct_bias:
+        lines.append("correct_bias = true")
     for rule in recipe.rules:
         lines += ["", "[[rules]]", *_lines(_rule_table(rule))]
     for transform in recipe.transforms:
         lines += ["", "[[transforms]]", *_lines(_class_table(transform))]
     lines += ["", "[solver]", *_lines(_class_table(recipe.solver))]
+    if recipe.block_solver is not None:
+        lines += ["", "[block_solver]", *_lines(_class_table(recipe.block_solver))]
     if recipe.allocator is not None:
         lines += ["", "[allocator]", *_lines(_class_table(recipe.allocator))]
     lines += ["", "[calibration]", *_lines(_field_table(recipe.calibration))]
@@ -199,12 +211,14 @@ class _Builder:
             description=self.coerce(table.get("description", ""), str, "description"),
             rules=tuple(self.rule(self.table(rule, f"rules.{i}"), f"rules.{i}") for i, rule in enumerate(self.array(table["rules"], "rules"))),
             solver=self.named("solvers", table["solver"], "solver"),
+            block_solver=self.named("block_solvers", table["block_solver"], "block_solver") if "block_solver" in table else None,
             transforms=tuple(
                 self.named("transforms", t, f"transforms.{i}") for i, t in enumerate(self.array(table.get("transforms", []), "transforms"))
             ),
             allocator=self.named("allocators", table["allocator"], "allocator") if "allocator" in table else None,
             calibration=self.make(CalibrationSettings, calibration, "calibration", "calibration"),
             propagate=propagate,
+            correct_bias=self.coerce(table.get("correct_bias", False), bool, "correct_bias"),
         )
 
     def rule(self, table: Table, where: str) -> Rule:
@@ -217,6 +231,7 @@ class _Builder:
         if packing is not None and packing not in self.registry.packings:
             self.registry.packings[packing]  # raises NotFound with near names
         observer = self.named("observers", table["observer"], f"{where}.observer") if "observer" in table else None
+        window = self.coerce(table.get("window"), int | None, f"{where}.window")
         leave = self.coerce(table.get("float", False), bool, f"{where}.float")
         told = [k for k in _SPEC_KEYS if k in table]
         if leave:
@@ -226,7 +241,7 @@ class _Builder:
         scale = table.get("scale", AUTO_SCALE)
         own = {k: table[k] for k in told if k != "scale"} | ({} if scale == AUTO_SCALE else {"scale": scale})
         try:
-            return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where), observer)
+            return Rule(sites, self.spec(own, where), solver, packing, self._scale_mode(table, where), observer, window)
         except SpecError as e:
             raise e if str(e).startswith("recipe ") else self.fail(where, str(e)) from e
 
@@ -379,7 +394,7 @@ class _Builder:
 def _kind_of(hint: Any) -> str | None:
     """The registry's kind for fields that hold one of its protocols."""
     kinds = {"WeightSolver": "solvers", "Transform": "transforms", "Observer": "observers", "Allocator": "allocators", "Selector": "selectors"}
-    kinds["CalibrationSource"] = "calibrations"
+    kinds |= {"CalibrationSource": "calibrations", "BlockSolver": "block_solvers"}
     return kinds.get(getattr(hint, "__name__", ""))
 
 
@@ -421,6 +436,8 @@ def _rule_table(rule: Rule) -> Table:
         table["packing"] = rule.packing
     if rule.observer is not None:
         table["observer"] = _class_table(rule.observer)
+    if rule.window is not None:
+        table["window"] = rule.window
     return table
 
 

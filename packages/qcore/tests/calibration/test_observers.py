@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile
+from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Spikes
 from qcore.errors import CalibrationError, SpecError
 from qcore.numbers import Codebook, Int, Offset, PerChannel, PerTensor, PerToken, QuantSpec, fake_quantize, scale_parts
 from torch import Tensor
@@ -15,6 +15,7 @@ UINT4 = QuantSpec(format=Int(4, signed=False), granularity=PerTensor(), offset=O
 # all whose result does not depend on the order of float additions must agree bit by bit
 EXACT = [
     AbsMax(),
+    Spikes(),
     MinMax(),
     MinMax(granularity="channel"),
     Histogram(bins=256),
@@ -35,6 +36,8 @@ def rows_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 def leaves(result) -> list[Tensor]:
+    if isinstance(result, float):
+        return [torch.tensor(result, dtype=torch.float64)]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -378,3 +381,12 @@ def test_kl_is_the_definition_in_running_sums():
 def test_impossible_options_are_refused(make):
     with pytest.raises(SpecError, match=r"observer '|fitted"):
         make()
+
+
+def test_spikes_are_the_largest_token_over_the_median_one():
+    x = torch.randn(501, 16, generator=torch.Generator().manual_seed(0))
+    tokens = x.abs().amax(-1)
+    x[7] *= 1000
+    found = watched(Spikes(), x).result()
+    assert found == pytest.approx(float(x.abs().max() / tokens.median()), rel=0.012)
+    assert watched(Spikes(), x * 2.0**-10).result() == pytest.approx(found, rel=1e-6)

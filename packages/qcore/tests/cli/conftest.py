@@ -18,6 +18,7 @@ from qcore.numbers import Codebook, Float, Int, PowerOfTwo
 from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear
 from qcore.packing import Bits, CompressedFloat, CompressedInt, CompressedPack
 from qcore.plugins.shelf import Shelf
+from qcore.transforms.rewrite import Rewrite
 from safetensors.torch import save_file
 from torch import nn
 
@@ -142,7 +143,18 @@ def registry(texts: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         recipes=shelf("recipes", *sorted(RECIPES.glob("*.toml"))),
         **{
             kind: shelf(kind)
-            for kind in ("observers", "allocators", "selectors", "calibrations", "tasks", "exporters", "lowerings", "commands", "modules")
+            for kind in (
+                "observers",
+                "block_solvers",
+                "allocators",
+                "selectors",
+                "calibrations",
+                "tasks",
+                "exporters",
+                "lowerings",
+                "commands",
+                "modules",
+            )
         },
     )
     monkeypatch.setattr("qcore.plugins.load_registry", lambda: made, raising=False)
@@ -192,10 +204,26 @@ class Pretend:
         materialize(loaded.model, "", loaded.reader)
         loaded.model.mix.weight.data += 0.01
         record = SimpleNamespace(
-            site="mix:weight", spec="int4", solver="X()", packing="bits", shape=(64, 64), error=0.01, of="weight", bits=4.5, nbytes=2304, seconds=0.1
+            site="mix:weight",
+            spec="int4",
+            solver="X()",
+            packing="bits",
+            shape=(64, 64),
+            error=0.01,
+            of="weight",
+            bits=4.5,
+            nbytes=2304,
+            seconds=0.1,
+            remarks=(),
         )
         return SimpleNamespace(
-            model=loaded.model, sites=[record], seconds={"blocks": 0.1}, notes=["a note of the run"], values=None, coverage=Ledger()
+            model=loaded.model,
+            sites=[record],
+            seconds={"blocks": 0.1},
+            notes=["a note of the run"],
+            values=None,
+            coverage=Ledger(),
+            rewrite=Rewrite(),
         )
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:

@@ -31,7 +31,7 @@ def test_it_writes_a_checkpoint_with_its_report_and_shows_the_figures(run, prete
     done = run("quantize", "toy:", "--recipe", "w4a16-gptq", "-o", "out", *SMALL)
     assert done.code == 0, done.err
     assert pretend.called == ["float_forward", "quantize_model", "save", "prove", "load"]
-    assert files(tmp_path / "out") == ["model.safetensors", "report.json"]
+    assert files(tmp_path / "out") == ["model.safetensors", "report.html", "report.json"]
     assert [b["input_ids"].shape for b in pretend.batches] == [(8, 64)]
     for figure in ("size of weights", "effective bits", "perplexity", "KL divergence", "top-1 agreement", "seconds", "peak memory"):
         assert figure in done.out, figure
@@ -46,8 +46,9 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert done.json == report and report["schema"] == 1
     assert list(report) == [
-        "schema", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "coverage", "seconds", "phases", "memory", "proof",
-        "versions", "threads",
+        "schema", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "refused", "coverage", "seconds", "phases",
+        "memory", "proof",
+        "versions", "threads", "histograms", "attribution",
     ]  # fmt: skip
     assert report["recipe"]["name"] == "w4a16-gptq" and "calibration.samples=8" in report["recipe"]["overrides"]
     assert 'name = "gptq"' in report["recipe"]["toml"] and "samples = 8" in report["recipe"]["toml"]
@@ -161,7 +162,7 @@ def test_a_folder_that_is_not_empty_is_kept_unless_forced(run, pretend, tmp_path
     done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
     assert done.code == 2 and "-o out is not empty; name another folder, or pass --force" in done.err and files(tmp_path / "out") == ["mine.txt"]
     assert run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", "--force", *SMALL).code == 0
-    assert files(tmp_path / "out") == ["model.safetensors", "report.json"] and files(tmp_path) == ["out", "texts"]
+    assert files(tmp_path / "out") == ["model.safetensors", "report.html", "report.json"] and files(tmp_path) == ["out", "texts"]
 
 
 def test_a_target_that_is_a_file_is_refused(run, pretend, tmp_path: Path) -> None:

@@ -241,4 +241,10 @@ def test_static_scales_that_no_calibration_can_find_are_a_problem() -> None:
     static = replace(int_activation(), when="static")  # per token, so that no two batches share a scale
     rules = (Rule("*:weight", int_weight(8)), Rule("*:h", static), Rule("*.up:input", static))
     problems = make_plan(loaded(), recipe(*rules), Tapped(), REGISTRY).problems
-    assert any("layers.0.up:input, layers.1.up:input, layers.0:h" in p and "per tensor or per channel" in p for p in problems)
+    assert any("layers.0.up:input, layers.1.up:input, layers.0:h" in p and "per tensor, per channel (axis 1), group or head" in p for p in problems)
+
+
+def test_a_policy_for_a_cache_is_refused_where_there_is_none() -> None:
+    policy = Rule("*:[kv]", int_activation(4), window=0)
+    problems = make_plan(loaded(), recipe(Rule("*:weight", int_weight(8)), policy), TinyAdapter(), REGISTRY).problems
+    assert len(problems) == 1 and "is about a cache of keys and values" in problems[0] and "drop the rule" in problems[0]

@@ -242,7 +242,7 @@ def test_every_hook_has_a_shelf_and_a_meaning():
     assert set(KINDS) == set(Registry.__annotations__)
     assert all(getattr(hookspecs, f"qcore_{kind}").__doc__ for kind in KINDS)
     assert " ".join(KINDS) == (
-        "formats observers transforms solvers allocators selectors modules packings kernels adapters "
+        "formats observers transforms solvers block_solvers allocators selectors modules packings kernels adapters "
         "sources calibrations tasks exporters lowerings recipes commands"
     )
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from qcore.errors import SpecError
-from qcore.numbers import Codebook, Int, LowRankCodebook, PerChannel, QTensor, QuantSpec, UnscaledTile, quantize, spec_from_dict, spec_to_dict
+from qcore.numbers import Codebook, Int, LowRankCodebook, PerChannel, QTensor, QuantSpec, Tile, UnscaledTile, quantize, spec_from_dict, spec_to_dict
 from qcore.packing import Bits
 from qcore.plugins import Registry
 from qcore.solvers import GPTQ, GPTVQ, RTN
@@ -33,7 +33,7 @@ def loss(w: Tensor, q: QTensor, gram: Tensor) -> float:
     return float(((e @ gram) * e).sum())
 
 
-@pytest.mark.parametrize("fmt", [LowRankCodebook(3, rank=4), LowRankCodebook(2), LowRankCodebook(3, rank=8)], ids=str)
+@pytest.mark.parametrize("fmt", [LowRankCodebook(3, rank=4), LowRankCodebook(2), LowRankCodebook(3, rank=8), LowRankCodebook(4, dim=2)], ids=str)
 def test_low_rank_codebooks_keep_the_contract_of_formats(fmt):
     check_format(fmt)
 
@@ -85,9 +85,10 @@ def test_gptvq_beats_nearest_when_inputs_are_correlated(spec):
     assert max(ratios) < 0.8
 
 
-def test_no_step_raises_the_loss():
+@pytest.mark.parametrize("spec", [BOOKS, QuantSpec(format=Codebook(4, dim=2, per_block=True), granularity=Tile(8, 48), scale="float16")], ids=str)
+def test_no_step_raises_the_loss(spec):
     w, gram = problem()
-    lattice = Lattice(BOOKS, tuple(w.shape))
+    lattice = Lattice(spec, tuple(w.shape))
     run = _Run(GPTQ(damp=0.01, act_order=False, static_groups=False, clip="none", sweeps=0), w, gram.unsqueeze(0), lattice, None)
     run.round_columns()
 
@@ -111,6 +112,36 @@ def test_vectors_of_two_values_are_solved():
     w, gram = problem()
     q = SOLVER.solve(w, spec, {"gram": gram})
     assert loss(w, q, gram) < loss(w, quantize(w, spec), gram)
+
+
+@pytest.mark.parametrize(("bits", "dim", "rows"), [(2, 1, 2), (4, 2, 16), (6, 4, 24)])
+def test_stored_books_of_vectors_are_solved_packed_and_counted(bits, dim, rows):
+    """One scale and 2^bits vectors in 8 bits for each tile; the bits are those of the packed bytes."""
+    spec = QuantSpec(format=LowRankCodebook(bits, dim=dim), granularity=Tile(rows, 96), scale="float16")
+    w, gram = problem()
+    q = SOLVER.solve(w, spec, {"gram": gram})
+    assert loss(w, q, gram) < 0.9 * loss(w, quantize(w, spec), gram)
+    packed = Bits().pack(q)
+    assert torch.equal(Bits().unpack(packed, spec, q.shape).dequantize(), q.dequantize())
+    tiles = -(-24 // rows)
+    stored = 8 * sum(t.numel() * t.element_size() for t in packed.values())
+    assert stored == 24 * 96 * bits / dim + tiles * (16 + (dim << bits) * 8) + 32  # 32: the one scale of all books
+
+
+@pytest.mark.parametrize("spec", [BOOKS, QuantSpec(format=Codebook(4, dim=2, per_block=True), granularity=Tile(8, 48), scale="float16")], ids=str)
+def test_sums_of_curvature_are_the_products_of_one_hot_rows(spec, monkeypatch):
+    w, gram = problem()
+    w[8:16] *= 10  # tiles of different scale
+    losses = []
+    for most in (0, 1000):
+        monkeypatch.setattr("qcore.solvers.gptvq._ONE_HOT", most)
+        losses.append(loss(w, SOLVER.solve(w, spec, {"gram": gram}), gram))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_vectors_have_no_basis():
+    with pytest.raises(SpecError, match="no shared basis"):
+        LowRankCodebook(4, rank=2, dim=2)
 
 
 def test_exact_numbers_stay_exact():

@@ -1,4 +1,4 @@
-"""Language models for qcore: adapters for transformers' decoders, and sources that read its folders and GGUF files."""
+"""Language models for qcore: adapters for transformers' decoders and encoders, and sources that read its folders and GGUF files."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from qcore.plugins import hookimpl
 @hookimpl
 def qcore_adapters():
     from qplug_llm.decoder import DecoderLM
+    from qplug_llm.encoder import EncoderLM
 
-    return [DecoderLM]
+    return [DecoderLM, EncoderLM]
 
 
 @hookimpl
@@ -24,6 +25,13 @@ def qcore_calibrations():
     from qplug_llm.ebss import EBSS
 
     return [EBSS]
+
+
+@hookimpl
+def qcore_tasks():
+    from qplug_llm.neighbours import NearestNeighbours
+
+    return [NearestNeighbours]
 
 
 @hookimpl

@@ -23,7 +23,7 @@ from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topo
 from qcore.transforms.rewrite import Rewrite, scale_link
 from torch import Tensor, nn
 
-from qplug_llm import attention, experts, twin
+from qplug_llm import attention, experts, linears, twin  # noqa: F401 - linears: teaches a leaf
 from qplug_llm.experts import DOWN, is_router, is_stack, up_name
 from qplug_llm.links import Candidate, block_candidates, model_candidates, resolve, unexplained
 from qplug_llm.proof import Bench, Verdict
@@ -62,9 +62,12 @@ class DecoderLM(ModelAdapter):
         )
 
     def prepare(self, model: nn.Module) -> None:
-        """Set the attention function and the experts function "qcore" in place, where the model's can be set."""
+        """Set the attention function and the experts function "qcore" in place, where they can be set; caches follow the policies at the taps."""
         if attention.can_be_set(model):
+            from qplug_llm.cache import watch_caches
+
             attention.register()
+            watch_caches(model)
             model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
         if experts.can_be_set(model):
             experts.register()
@@ -190,8 +193,22 @@ class _Assembly:
         if facts is not None:
             for i, kind in enumerate(self.kind_of):
                 if kind is not None and facts.blocks[kind].attention:
-                    activations += [Site(f"{self.path}.{i}.{facts.blocks[kind].attention}", t) for t in ("q", "k", "v", "p")]
+                    activations += self._inside(f"{self.path}.{i}.{facts.blocks[kind].attention}", facts.blocks[kind].cached)
         return Topology(blocks, tuple(links), self._blocked(links), tuple(activations), tied_names(self.model))
+
+    def _inside(self, path: str, cached: bool) -> list[Site]:
+        """What the attention function taps."""
+        config: Any = self.model.config
+        module = self.model.get_submodule(path)
+        heads, kv = config.num_attention_heads, twin.kv_heads(config)
+        # latent attention: queries and keys are wider than values
+        dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or twin.head_dim(config)
+        return [
+            Site(path, "q", heads=heads, head_dim=dim),
+            Site(path, "k", heads=kv, head_dim=dim, cached=cached),
+            Site(path, "v", heads=kv, head_dim=getattr(module, "v_head_dim", None) or dim, cached=cached),
+            Site(path, "p"),
+        ]
 
     def _links(self) -> list[Link]:
         facts = self.known.facts
@@ -280,6 +297,8 @@ class _Assembly:
             own = facts.blocks[kind]
             if rel not in own.linears:
                 return "it was not reached in the twin's pass"
+            if not own.attention and rel not in {p for inner in own.inner for p in (inner.reader, *inner.writers)}:
+                return "the attention of this family is not routed through transformers' AttentionInterface, so q, k and v cannot be followed in it"
             if (axis == "out" and any(s is not None and s.linear == rel for s in (own.q, own.k, own.v))) or (own.q_norm and axis == "out"):
                 return "attention: what it writes is normed, turned or fused before it is read, and its channels are not shared otherwise"
         facts = self.known.facts

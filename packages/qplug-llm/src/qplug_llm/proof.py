@@ -9,7 +9,7 @@ from qcore.transforms.rewrite import Rewrite, permute_link, rotate_link, scale_l
 from torch import Tensor, nn
 
 from qplug_llm.links import Candidate
-from qplug_llm.twin import sample_ids
+from qplug_llm.twin import outputs_of, sample_ids
 
 # transformers' norms and softmaxes pass through float32, which leaves about 1e-6; a wrong link is off by 1e-2 and more
 TOLERANCE = 2e-5
@@ -42,7 +42,8 @@ class Bench:
     @torch.no_grad()
     def logits(self, changed: dict[str, Tensor]) -> Tensor:
         """Tied parameters change one by one: the rewrite says which."""
-        return torch.func.functional_call(self.model, changed, (), {"input_ids": self.ids, "use_cache": False}, tie_weights=False).logits
+        given = {"input_ids": self.ids, "use_cache": False}
+        return outputs_of(torch.func.functional_call(self.model, changed, (), given, tie_weights=False))
 
     def difference(self, rewrite: Rewrite) -> float:
         """Largest change of the logits, relative to the largest logit."""

@@ -230,15 +230,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def skeleton_of(config: Any, kind: str) -> nn.Module:
-    """The causal language model of a configuration, parameters on meta, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
+    """The model of a configuration, parameters on meta, in evaluation mode: without a head where its `architectures` name none, else causal."""
+    auto, what = _auto_class(config)
     try:
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
     except Exception as e:  # transformers raises what it likes
-        raise CheckpointError(f"transformers makes no causal language model of {kind!r} ({_first_line(e)})") from e
+        raise CheckpointError(f"transformers makes no {what} of {kind!r} ({_first_line(e)})") from e
     return model.eval()
+
+
+def _auto_class(config: Any) -> tuple[Any, str]:
+    """The class of transformers that makes the model, and what it is called in messages."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    named = getattr(config, "architectures", None) or []
+    bare = bool(named) and all(str(n).endswith("Model") and not str(n).endswith("HeadModel") for n in named)
+    return (AutoModel, "model without a head") if bare else (AutoModelForCausalLM, "causal language model")
 
 
 def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
@@ -278,10 +286,11 @@ def check_shapes(model: nn.Module, reader: SafetensorsReader, names: Mapping[str
 
 
 def _loaded_by_transformers(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        auto, _ = _auto_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        loaded: Any = auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
         model, info = loaded

@@ -7,7 +7,7 @@ that it carries over to the real model.  Facts lead to candidates for links; pro
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -75,6 +75,7 @@ class BlockFacts:
     stacks:   modules of fused experts
     q, k, v:  where they are written; a norm's path in `q_norm`, `k_norm` where one comes between
     out:      the linear that reads the attention's output
+    cached:   keys and values reach the attention just as a cache keeps them; not so where latents are cached (DeepSeek)
     heads, kv, dim: of the twin, to know which attribute of the real module says them
     adders:   matrices whose output is added to the residual stream
     readers:  matrices that read the stream, directly or through a norm
@@ -91,6 +92,7 @@ class BlockFacts:
     q_norm: str = ""
     k_norm: str = ""
     out: str = ""
+    cached: bool = False
     inner: tuple[Inner, ...] = ()
     stacks: tuple[str, ...] = ()
     adders: tuple[str, ...] = ()
@@ -235,13 +237,40 @@ def observe(model: nn.Module, blocks: str) -> Facts:
         stack.enter_context(attention.watching(watch))
         model(input_ids=ids, use_cache=False)
 
-    found = []
+    found, cached = [], _cached(model, ids)
     for i in range(len(borders)):
         prefix = f"{blocks}.{i}."
         own = [c for c in calls if c.path.startswith(prefix)]
-        found.append(_block_facts(prefix, own, borders[i], [a for a in attentions if a.path.startswith(prefix)]))
+        facts = _block_facts(prefix, own, borders[i], [a for a in attentions if a.path.startswith(prefix)])
+        found.append(replace(facts, cached=prefix + facts.attention in cached))
     outside = [c for c in calls if not c.path.startswith(blocks + ".")]
     return _around(model, tuple(found), outside, borders)
+
+
+def _cached(model: nn.Module, ids: Tensor) -> set[str]:
+    """Paths of the attentions that are given the very tensors that a cache gave back."""
+    from transformers.cache_utils import DynamicCache
+
+    path_of = {m: path for path, m in model.named_modules()}
+    returned: list[Tensor] = []
+    found: set[str] = set()
+
+    class Telling(DynamicCache):
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            out = super().update(*args, **kwargs)
+            returned.extend(out)
+            return out
+
+    def watch(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        if any(k is r for r in returned) and any(v is r for r in returned):
+            found.add(path_of[module])
+
+    try:
+        with attention.watching(watch):
+            model(input_ids=ids, past_key_values=Telling(config=model.config), use_cache=True)  # type: ignore[arg-type]
+    except Exception:  # whatever a foreign class makes of a cache: then nobody knows that it keeps these
+        return set()
+    return found
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

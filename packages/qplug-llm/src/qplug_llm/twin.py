@@ -173,6 +173,12 @@ def randomize(model: nn.Module, seed: int) -> None:
                 p.copy_(0.5 + torch.rand(p.shape, generator=g, dtype=torch.float64))
 
 
+def outputs_of(out: Any) -> Tensor:
+    """What counts of a transformers output: logits [B, T, V], or the last hidden states [B, T, C] of a model without a head."""
+    logits = getattr(out, "logits", None)
+    return out.last_hidden_state if logits is None else logits
+
+
 def sample_ids(model: nn.Module, batch: int = 2, length: int = 9) -> Tensor:
     """Token ids [B, T] for a twin."""
     g = torch.Generator().manual_seed(1)

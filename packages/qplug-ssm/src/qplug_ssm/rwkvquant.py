@@ -4,7 +4,7 @@ Source: https://arxiv.org/abs/2505.03803.  Weights whose values are uniform (bot
 others with codebooks, solved by GPTVQ; element-wise vectors with one weighted codebook each.  At 3 bits: 0.9 · 3.25 + 0.1 · 3.5 = 3.275 bits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,11 +13,10 @@ from qcore.model.topology import Site
 from qcore.numbers import Int, PerGroup, QuantSpec
 from qcore.numbers.formats import LowRankCodebook
 from qcore.numbers.granularity import UnscaledTile
-from qcore.solvers.allocate import Allocator, Choice
+from qcore.solvers.allocate import Allocator, Choice, Look
 from qcore.solvers.base import WeightSolver
 from qcore.solvers.gptq import GPTQ
 from qcore.solvers.gptvq import GPTVQ
-from torch import Tensor
 
 from qplug_ssm.proxy import Proxies, proxies
 
@@ -68,10 +67,10 @@ class RWKVQuant(Allocator):
     def solvers(self) -> tuple[WeightSolver, ...]:
         return self.scalar_solver, self.vector_solver
 
-    def allocate(self, sites: Sequence[Site], weight: Callable[[Site], Tensor]) -> Mapping[Site, Choice]:
+    def allocate(self, sites: Sequence[Site], look: Look) -> Mapping[Site, Choice]:
         """Every weight is read once, for its proxies; then the thresholds are set."""
         own = [s for s in sites if s.tensor == "weight"]
-        found = {site: proxies(weight(site), unique_gaps=self.unique_gaps) for site in own}
+        found = {site: proxies(look.weight(site), unique_gaps=self.unique_gaps) for site in own}
         coarse, fine = self.thresholds(list(found.values()))
         choices = {}
         for site, p in found.items():

@@ -5,6 +5,7 @@ from qcore.plugins import hookimpl
 
 @hookimpl
 def qcore_sources():
+    from qzoo.efficientnet import EfficientNetLiteFile
     from qzoo.source import Zoo
 
-    return [Zoo]
+    return [Zoo, EfficientNetLiteFile]

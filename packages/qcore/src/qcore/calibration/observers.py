@@ -15,6 +15,7 @@ order of float additions for sums.  A row of weight 2 counts as two rows, one of
 | Percentile | "percentile" | range that holds all but a tail, [1] each | histogram |
 | MSE | "mse" | range with the least error under a spec, [1] each | histogram |
 | KL | "kl" | range with the least divergence, [1] each | histogram |
+| Spikes | "spikes" | largest magnitude of a token over the median token's, a float | largest, counts |
 
 Ranges always include zero, as `qcore.numbers.block_range` does, and go straight into `scale_parts(low, high, spec)`.  Rows of grouped layers are
 [P, T, K]: results per channel are then [P, K] ([P, K, K] for the Gram); ranges of the tensor stay [1].
@@ -245,6 +246,38 @@ def _with_zero(low: Tensor, high: Tensor) -> Range:
     """Float32 ends of a range that includes zero; numbers become shape [1]."""
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     return (low.reshape(1), high.reshape(1)) if low.ndim == 0 else (low, high)
+
+
+_OCTAVES, _PER_OCTAVE = 80, 32  # bins of `Spikes`: 2^-40 … 2^40, each 2.2 % wide
+
+
+@dataclass(kw_only=True)
+class Spikes(StreamingObserver):
+    """ρ = max / median over tokens of the token's largest magnitude: 10 is usual, 1000 is a layer that no per-tensor scale fits.
+
+    Source: activation spikes, https://arxiv.org/abs/2405.14428.  Differs: over all tokens seen, where the source takes the mean of the samples'
+    ratios; so tokens may come in any batches.  The median is that of a histogram, within 1.1 %.
+    """
+
+    name: ClassVar[str] = "spikes"
+    parts: ClassVar[tuple[str, ...]] = ("largest", "counts")
+
+    def _summarize(self, rows: Tensor, weight: Tensor | None) -> State:
+        tokens = rows.abs().amax(-1)
+        tokens = tokens.amax(0) if tokens.ndim == 2 else tokens
+        bins = ((tokens.double().clamp(min=2.0**-_OCTAVES).log2() + _OCTAVES / 2) * _PER_OCTAVE).floor().clamp(0, _OCTAVES * _PER_OCTAVE - 1).long()
+        counts = torch.zeros(_OCTAVES * _PER_OCTAVE, dtype=torch.float64)
+        counts.index_add_(0, bins, torch.ones_like(tokens, dtype=torch.float64) if weight is None else weight.double())
+        return {"largest": tokens.amax().reshape(1).float(), "counts": counts}
+
+    def _join(self, a: State, b: State) -> State:
+        return {"largest": torch.maximum(a["largest"], b["largest"]), "counts": a["counts"] + b["counts"]}
+
+    def _finish(self, state: State) -> float:
+        so_far = state["counts"].cumsum(0)
+        middle = int(torch.searchsorted(so_far, so_far[-1] / 2))
+        median = 2.0 ** ((middle + 0.5) / _PER_OCTAVE - _OCTAVES / 2)
+        return float(state["largest"]) / median
 
 
 @dataclass(kw_only=True)

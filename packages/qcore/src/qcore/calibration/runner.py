@@ -201,6 +201,42 @@ class BlockFeed:
             call = self._arguments[index][batch].with_hidden(self._hidden[batch])
             return module(*call.args, **call.kwargs)
 
+    def forward(self, index: int, batch: int, module: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """What block `index` puts out for one batch, with gradients where they are enabled.
+
+        hidden: what it reads instead; not where the model is rerun
+        """
+        seen: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output)
+            raise _StopForward
+
+        cast = torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else torch.autocast("cpu", enabled=False)
+        with running(self._contexts[batch]), cast, ExitStack() as stack:
+            stack.callback(module.register_forward_hook(keep).remove)
+            with suppress(_StopForward):
+                if self.rerun:
+                    self.adapter.outputs(self.model, self.batches[batch])
+                else:
+                    call = self._arguments[index][batch].with_hidden(self._hidden[batch] if hidden is None else hidden)
+                    module(*call.args, **call.kwargs)
+        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    def hidden(self) -> Sequence[Tensor]:
+        """What the block at hand reads, one tensor a batch; nothing where the model is rerun."""
+        return self._hidden
+
+    def rows(self, out: Tensor, batch: int) -> Tensor:
+        """The rows of what came out for a batch, without padding.  [rows, C]"""
+        rows, valid = _flat(out), self._contexts[batch].valid
+        return rows if valid is None or valid.numel() != rows.shape[0] else rows[valid.reshape(-1)]
+
+    @property
+    def shares(self) -> list[float]:
+        """The weight of each row of a batch."""
+        return [c.weight for c in self._contexts]
+
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _StopForward

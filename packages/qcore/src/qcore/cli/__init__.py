@@ -62,7 +62,7 @@ def _say(message: str) -> None:
 
 def build() -> typer.Typer:
     """The command tree, without the plug-ins' commands."""
-    from qcore.cli import bench, compare, evaluate, explain, methods, plan, plugins, quantize, recipes, verify
+    from qcore.cli import bench, compare, evaluate, explain, export, methods, plan, plugins, quantize, recipes, report, verify
 
     app = typer.Typer(
         name="qcore",
@@ -78,8 +78,10 @@ def build() -> typer.Typer:
     app.command("plan", short_help="Show what a run would do, without computing.")(plan.plan)
     app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
     app.command("compare", short_help="Compare models with the first of them.")(compare.compare)
+    app.command("report", short_help="Make report.html again from report.json.")(report.report)
     app.command("verify", short_help="Read a checkpoint through, or make it again.")(verify.verify)
     app.command("explain", short_help="Show what runs a checkpoint, and why.")(explain.explain)
+    app.command("export", short_help="Write a checkpoint for another program.")(export.export)
     app.command("bench", short_help="Time a checkpoint's layers on this machine.")(bench.bench)
     app.add_typer(recipes.app, name="recipes", short_help="List recipes, or show one to start from.")
     app.add_typer(plugins.app, name="plugins", short_help="List plug-ins, or find out what is wrong.")
@@ -87,7 +89,7 @@ def build() -> typer.Typer:
     return app
 
 
-_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "recipes", "plugins", "methods"}
+_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

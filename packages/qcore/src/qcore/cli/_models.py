@@ -30,12 +30,13 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def open_any(uri: str, own: "Registry", adapter: str | None = None, kernel: str | None = None) -> Opened:
+def open_any(uri: str, own: "Registry", adapter: str | None = None, kernel: str | None = None, float_uri: str = "") -> Opened:
     """The model behind an address or in a folder, ready to run.
 
-    kernel: of a checkpoint: which one goes first
+    kernel:    of a checkpoint: which one goes first
+    float_uri: of a checkpoint: the float model from which it was made, so that its modules can be float again; "" = they need not
     """
-    return _open_checkpoint(Path(uri), own, adapter, kernel) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
+    return _open_checkpoint(Path(uri), own, adapter, kernel, float_uri) if is_checkpoint(Path(uri)) else _open_float(uri, own, adapter)
 
 
 def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
@@ -49,7 +50,9 @@ def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
     return Opened(candidate, loaded.tokenizer, loaded.model, loaded.evaluation)
 
 
-def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel: str | None = None) -> Opened:
+def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel: str | None = None, float_uri: str = "") -> Opened:
+    from functools import partial
+
     import torch
 
     from qcore.checkpoint import MANIFEST, Manifest, load
@@ -72,6 +75,38 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel:
         bytes=sum(manifest.files.values()),
         bits=report.get("size", {}).get("effective_bits"),
         notes=tuple(report.get("model", {}).get("notes", ())),
+        again=partial(_from_source, folder, model, chosen, own, float_uri) if float_uri else None,
     )
     tokenizer = own.sources[manifest.source]().tokenizer(folder) if manifest.source in own.sources else None
     return Opened(candidate, tokenizer, model, None)
+
+
+def _from_source(folder: Path, model: Any, adapter: Any, own: "Registry", float_uri: str) -> Any:
+    from qcore.model import load_source
+
+    loaded = load_source(float_uri, own.sources)
+    return float_again(folder, model, loaded.model, loaded.reader, adapter, own)
+
+
+def float_again(folder: Path, model: Any, skeleton: Any, reader: Any, adapter: Any, own: "Registry") -> Any:
+    """What lets modules of the checkpoint's `model` be float again; CheckpointError when the float weights are not those it was made from.
+
+    skeleton, reader: the float architecture and its weights
+    """
+    from qcore.checkpoint import Manifest
+    from qcore.checkpoint.rewrite_file import read_rewrite
+    from qcore.errors import CheckpointError
+    from qcore.evaluation import FloatAgain
+    from qcore.model.reader import weights_fingerprint
+    from qcore.modules.stored import DTYPES
+    from qcore.pipeline import compute_dtype
+
+    manifest = Manifest.read(folder)
+    rewrite = read_rewrite(folder, manifest)
+    weights, wanted = weights_fingerprint(reader), manifest.record.get("weights")
+    if weights != wanted:
+        raise CheckpointError(
+            f"{folder} was made from weights {wanted}, the float model has {weights}; modules can only be float again with the weights that "
+            "they were made from: name that model first"
+        )
+    return FloatAgain(model, skeleton, reader, adapter, rewrite, own.modules, compute_dtype(DTYPES[manifest.dtype]))

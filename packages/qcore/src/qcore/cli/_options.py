@@ -20,6 +20,10 @@ TokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Tokens 
 WindowOption = Annotated[
     int | None, typer.Option("--window", min=2, help="Tokens of one evaluation window [default: 256 for tiny models, else 512].", show_default=False)
 ]
+BitsOption = Annotated[
+    float | None,
+    typer.Option("--bits", metavar="B", help="Bits per weight that a recipe with a budget may spend (`--recipe mixed`).", show_default=False),
+]
 SelectOption = Annotated[
     str | None, typer.Option("--select", metavar="NAME", help="Choose calibration text by what it says (`qcore methods selectors`), not by seed.")
 ]
@@ -40,6 +44,19 @@ def registry() -> "Registry":
     from qcore.plugins import load_registry
 
     return load_registry()
+
+
+def with_budget(recipe: str, own: "Registry", overrides: tuple[str, ...], bits: float | None) -> tuple[str, ...]:
+    """The overrides with a budget among them; SpecError for a recipe that spends none."""
+    if bits is None:
+        return overrides
+    from qcore.errors import SpecError
+    from qcore.recipe_file import load_recipe
+
+    allocator = load_recipe(recipe, own, overrides).allocator
+    if not hasattr(allocator, "bits"):
+        raise SpecError(f"--bits {bits:g}: recipe {recipe!r} has no allocator with a budget; take --recipe mixed, or a recipe for one width")
+    return (*overrides, f"allocator.bits={bits}")
 
 
 def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedModel, ModelAdapter]":

@@ -122,6 +122,18 @@ def show_report(report: "Report") -> None:
         print(f"note: {note}")
 
 
+def show_attribution(name: str, found: Mapping[str, Any], most: int = 10) -> None:
+    """The modules that cost most, and how much of the loss they explain together."""
+    listed = found["modules"][:most]
+    lines = [
+        (cost["module"], f"{cost['saved']:+.5f}", f"{cost['saved'] / found['kl']:+.1%}" if found["kl"] else "–", f"{cost['kl']:.5f}")
+        for cost in listed
+    ]
+    title = f"{name}: what each module costs, the worst {len(listed)} of {len(found['modules'])}"
+    table(("module", "KL saved if float", "of all", "KL left"), lines, right=(1, 2, 3), title=title)
+    print(f"KL {found['kl']:.5f} on {found['rows']} tokens; {found['kl_float']:.5f} with all {len(found['modules'])} float again")
+
+
 _SHADES = "·▁▂▃▄▅▆▇█"
 
 

@@ -20,24 +20,49 @@ def compare(
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Say which modules the loss comes from: each is float again once, and evaluated anew.")
+    ] = False,
+    attribute_tokens: Annotated[int, typer.Option("--attribute-tokens", min=2, help="Tokens of each such evaluation.")] = 512,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw KL divergence against size; the best ones are joined by a line.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare models and checkpoints with the first of them: size, perplexity, KL divergence, top-1 agreement.
 
-    Example: qcore compare zoo:tiny-llama out-gptq/ out-rtn/
+    A star marks what no other one beats in both size and divergence (the Pareto front).
+
+    Example: qcore compare zoo:tiny-llama out-gptq/ out-rtn/ --attribute --plot quality.svg
     """
-    from qcore.cli._show import print_json, scores_row, table
+    from qcore.cli._show import print_json, scores_row, show_attribution, table
     from qcore.errors import SpecError
     from qcore.evaluation.report import megabytes
 
     if len(models) < 2:
         raise SpecError(f"compare wants at least two models, got {models[0]!r} alone; for one model: qcore eval {models[0]}")
-    rows = run_compare(models, registry(), text, eval_tokens, window, adapter)
+    if plot is not None:
+        check_plot(plot)
+    rows = run_compare(models, registry(), text, eval_tokens, window, adapter, attribute_tokens=attribute_tokens if attribute else None)
+    if plot is not None:
+        draw(rows, plot)
     if as_json:
         print_json([row.to_dict() for row in rows])
         return
-    lines = [(row.name, megabytes(row.bytes) if row.bytes else "–", f"{row.bits:.2f}" if row.bits else "–", *scores_row(row.scores)) for row in rows]
-    table(("model", "size", "bits", "perplexity", f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(1, 2, 3, 4, 5))
+    lines = [
+        (
+            row.name,
+            "*" if row.best else "",
+            megabytes(row.bytes) if row.bytes else "–",
+            f"{row.bits:.2f}" if row.bits else "–",
+            *scores_row(row.scores),
+        )
+        for row in rows
+    ]
+    table(("model", "best", "size", "bits", "perplexity", f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(2, 3, 4, 5, 6))
+    for row in rows:
+        if row.attribution is not None:
+            show_attribution(row.name, row.attribution.to_dict())
     for row in rows:
         for note in row.notes:
             print(f"note: {row.name}: {note}")
@@ -51,17 +76,23 @@ def run_compare(
     window: int | None,
     adapter: str | None,
     kernel: str | None = None,
+    attribute_tokens: int | None = None,
 ) -> "list[Row]":
     """Open each model in its turn and measure it against the first.
 
-    kernel: of the last one, if it is a checkpoint: which kernel goes first
+    kernel:           of the last one, if it is a checkpoint: which kernel goes first
+    attribute_tokens: attribute the loss of every checkpoint to its modules, on so many tokens; None = do not
     """
     from qcore.calibration.text import TextFile
-    from qcore.cli._models import open_any
+    from qcore.cli._models import is_checkpoint, open_any
     from qcore.cli._progress import progress
-    from qcore.errors import CalibrationError
+    from qcore.errors import CalibrationError, SpecError
     from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.evaluation import compare as compare_models
+
+    if attribute_tokens is not None and is_checkpoint(Path(uris[0])):
+        raise SpecError(f"{uris[0]} is quantized; a loss is attributed by float modules, so name the float model first")
+    float_uri = uris[0] if attribute_tokens is not None else ""
 
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
     first = opened[0]
@@ -73,7 +104,29 @@ def run_compare(
     del first
 
     def candidate(index: int) -> Any:
-        return (opened.pop(index) if index in opened else open_any(uris[index], own, adapter, kernel if index == len(uris) - 1 else None)).candidate
+        if index in opened:
+            return opened.pop(index).candidate
+        return open_any(uris[index], own, adapter, kernel if index == len(uris) - 1 else None, float_uri).candidate
 
     with progress() as report, tempfile.TemporaryDirectory(prefix="qcore-reference-") as folder:
-        return compare_models([lambda i=i: candidate(i) for i in range(len(uris))], task, Path(folder), report)  # type: ignore[misc]
+        return compare_models([lambda i=i: candidate(i) for i in range(len(uris))], task, Path(folder), report, attribute_tokens)  # type: ignore[misc]
+
+
+def check_plot(path: Path) -> None:
+    """SpecError before the long computation, where the plot could not be written."""
+    from qcore.errors import SpecError
+
+    if path.suffix != ".svg":
+        raise SpecError(f"--plot {path.name} is not called *.svg; a plot is an SVG picture, which every browser shows")
+    if not path.parent.is_dir():
+        raise SpecError(f"--plot {path}: the folder {path.parent} does not exist; make it first")
+
+
+def draw(rows: "Sequence[Row]", path: Path) -> None:
+    """Write the plot of KL divergence against size."""
+    from qcore.cli._show import remark
+    from qcore.reporting import pareto_plot
+
+    points = [(row.name, row.bytes, row.scores["kl"], row.best) for row in rows[1:] if row.bytes]
+    path.write_text(pareto_plot(points, rows[0].name), encoding="utf-8")
+    remark(f"written: {path}")

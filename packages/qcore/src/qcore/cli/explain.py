@@ -44,28 +44,49 @@ def explain(
 
 
 def rows_of(model: Any, errors: dict[str, float]) -> list[dict[str, Any]]:
-    """One row per module that runs from packed parts."""
+    """One row per module that runs from packed parts, and per policy of a cache."""
+    from qcore.modules.kv_cache import KVCache
+
     rows = []
     for path, module in model.named_modules():
         if not callable(getattr(module, "explain", None)):
             continue
-        choice = module.explain()
-        activation = getattr(module, "activation", None)
-        rows.append(
-            {
-                "module": path,
-                "type": type(module).__name__,
-                "weight": str(module.spec),
-                "shape": list(module.shape),
-                "input": "float" if activation is None else str(activation),
-                "packing": module.packing.name,
-                "bytes": sum(t.numel() * t.element_size() for t in module.stored().values()),
-                "kernel": choice.kernel.name,
-                "refused": [list(pair) for pair in choice.refused],
-                "error": errors.get(path),
-            }
-        )
+        rows.append(_of_cache(path, module) if isinstance(module, KVCache) else _of_weight(path, module, errors.get(path)))
     return rows
+
+
+def _of_weight(path: str, module: Any, error: float | None) -> dict[str, Any]:
+    choice = module.explain()
+    activation = getattr(module, "activation", None)
+    return {
+        "module": path,
+        "type": type(module).__name__,
+        "weight": str(module.spec),
+        "shape": list(module.shape),
+        "input": "float" if activation is None else str(activation),
+        "packing": module.packing.name,
+        "bytes": sum(t.numel() * t.element_size() for t in module.stored().values()),
+        "kernel": choice.kernel.name,
+        "refused": [list(pair) for pair in choice.refused],
+        "error": error,
+    }
+
+
+def _of_cache(path: str, module: Any) -> dict[str, Any]:
+    """A policy for keys or values; its path is that of the attention and the tap, as rules name it."""
+    choice = module.explain()
+    return {
+        "module": path.partition(".handlers.")[0].replace(".taps.", ":"),
+        "type": type(module).__name__,
+        "weight": f"cache: {module.spec}" + (f", the last {module.window} tokens float" if module.window else ""),
+        "shape": list(module.shape),
+        "input": "float",
+        "packing": "bits",
+        "bytes": 0,
+        "kernel": choice.kernel.name,
+        "refused": [list(pair) for pair in choice.refused],
+        "error": None,
+    }
 
 
 def _errors(folder: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ import typer
 from qcore.cli._options import JsonOption, registry
 
 KINDS = (
-    "solvers", "transforms", "formats", "observers", "allocators", "selectors", "calibrations",
+    "solvers", "block_solvers", "transforms", "formats", "observers", "allocators", "selectors", "calibrations",
     "packings", "kernels", "adapters", "sources", "tasks", "exporters", "lowerings",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import typer
 
 from qcore.cli._options import (
     AdapterOption,
+    BitsOption,
     CalibOption,
     EngineOption,
     EvalOption,
@@ -18,6 +19,7 @@ from qcore.cli._options import (
     StreamOption,
     open_model,
     registry,
+    with_budget,
 )
 
 
@@ -27,6 +29,7 @@ def plan(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    bits: BitsOption = None,
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
@@ -49,7 +52,7 @@ def plan(
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
-    wanted = load_recipe(recipe, own, setting or ())
+    wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
     loaded, chosen = open_model(model, own, adapter)
     text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
     made = make_plan(

@@ -1,14 +1,15 @@
 """`qcore quantize`: the main job.
 
-    load → plan → float reference → quantize → save → prove → evaluate what was saved → table and report.json
+    load → plan → float reference → quantize → save → prove → evaluate what was saved → table, report.json, report.html
 
 Everything is written into a folder beside the target, which takes its place at the end: the target is either whole or not there.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import typer
 
 from qcore.cli._options import (
     AdapterOption,
+    BitsOption,
     CalibOption,
     EngineOption,
     EvalOption,
@@ -34,6 +36,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     window_length,
+    with_budget,
 )
 from qcore.processes import Alone
 
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
     from qcore.processes import Processes
     from qcore.recipe import Recipe
 
+# of the evaluation text, on which each module is float again once
+ATTRIBUTE_TOKENS = 512
+
 
 def quantize(
     model: ModelArg,
@@ -54,6 +60,7 @@ def quantize(
     calib: CalibOption = None,
     evaluation: EvalOption = None,
     setting: SetOption = None,
+    bits: BitsOption = None,
     select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
@@ -62,6 +69,9 @@ def quantize(
     stream: StreamOption = False,
     engine: EngineOption = None,
     tensor_parallel: ParallelOption = 1,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Say in the report which modules the loss comes from: one evaluation for each of them.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
@@ -91,9 +101,11 @@ def quantize(
         meter = MemoryMeter()
         own = registry()
         overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
+        overrides = with_budget(recipe, own, overrides, bits)
         wanted = load_recipe(recipe, own, overrides)
         started = time.perf_counter()
-        loaded, chosen = open_model(model, own, adapter)
+        with meter.during("load"):
+            loaded, chosen = open_model(model, own, adapter)
         seconds = {"load": time.perf_counter() - started}
         text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
         with progress(meter.sample) if first else silent() as report_progress:
@@ -112,6 +124,7 @@ def quantize(
                 stream=stream,
                 resume=resume,
                 uri=model,
+                attribute=attribute,
                 processes=processes,
                 engine=engine,
                 tensor_parallel=tensor_parallel,
@@ -123,7 +136,7 @@ def quantize(
             print_json(report.to_dict())
         else:
             show_report(report)
-            print(f"written: {out}/ and {out / 'report.json'}")
+            print(f"written: {out}/, {out / 'report.json'}, and to look at: {out / 'report.html'}")
 
 
 @dataclass
@@ -183,6 +196,7 @@ class Job:
     stream: bool = False
     resume: bool = False
     uri: str = ""
+    attribute: bool = False
     steps: Steps | None = None
     processes: "Processes" = field(default_factory=Alone)
     engine: str | None = None
@@ -193,10 +207,9 @@ class Job:
         from qcore.budget import return_freed_memory
 
         started = time.perf_counter()
-        if self.meter is not None:
-            self.meter.phase = phase
-        yield
-        return_freed_memory()
+        with nullcontext() if self.meter is None else self.meter.during(phase):
+            yield
+            return_freed_memory()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
         if self.meter is not None:
             self.meter.sample()
@@ -210,8 +223,10 @@ def run_quantize(
     None in all processes but the first: they help to quantize, and are done then.
     """
     from qcore.cli._run_folder import running_into
+    from qcore.errors import SpecError
     from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.plan import make_plan
+    from qcore.reporting import render
 
     loaded, tokenizer = job.loaded, job.loaded.tokenizer
     plan = make_plan(
@@ -236,6 +251,13 @@ def run_quantize(
             task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
     show(plan)
     run = _Run(job, plan, batches, task, progress)
+    if job.attribute and (run.stream or task is None):
+        why = (
+            "this run is streamed, and each module is put back in a whole model in memory"
+            if run.stream
+            else "there is no evaluation text: pass --eval"
+        )
+        raise SpecError(f"--attribute cannot be done: {why}")
     with running_into(out, content_of(job, batches), resume=job.resume, processes=job.processes) as (journal, folder):
         if job.processes.rank:
             run.solved(journal)
@@ -244,9 +266,10 @@ def run_quantize(
         result, proof = run.quantized(journal, folder)
         rows, phases, notes, ledger = list(result.sites), dict(result.seconds), list(result.notes), result.coverage.to_dict()
         del result
-        quality, kernels = run.quality(folder, reference)
-        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder, ledger)
+        quality, kernels = run.quality(folder, reference, [row.site for row in rows])
+        report = make_report(job, plan, rows, phases, notes, batches, task, quality, proof, kernels, folder, ledger, run.histograms, run.attribution)
         report.write(folder / "report.json")
+        (folder / "report.html").write_text(render(report.to_dict()), encoding="utf-8")
     return report
 
 
@@ -257,6 +280,8 @@ class _Run:
         self.job, self.plan, self.batches, self.task, self.progress = job, plan, batches, task, progress
         self.steps = job.steps or Steps.real()
         self.stream = plan.budget is not None and plan.budget.stream
+        self.histograms: dict[str, Any] = {}
+        self.attribution: dict[str, Any] = {}
         if self.stream:
             from qcore.budget import return_freed_memory
 
@@ -265,12 +290,15 @@ class _Run:
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""
         from qcore.evaluation import Reference
+        from qcore.evaluation.histograms import Magnitudes, leaves_of, to_data, watching_inputs
         from qcore.pipeline.floats import require_finite_weights
 
         if self.task is None:
             return None
+        seen = place / "histograms.json"
         with self.job.timed("reference"):
             if (place / "reference.json").is_file() and (kept := Reference.open(place)).data == self.task.data():
+                self.histograms = json.loads(seen.read_text()) if seen.is_file() else {}
                 return kept
             loaded = self.job.loaded
             if self.stream:
@@ -278,7 +306,11 @@ class _Run:
             else:
                 forward = self.steps.float_forward(loaded, self.job.adapter)
                 require_finite_weights(loaded.model)
-            reference = self.task.reference(forward, place, self.progress)
+            inputs: dict[str, Magnitudes] = {}
+            with watching_inputs(loaded.model, leaves_of(d.site for d in self.plan.decisions), inputs):
+                reference = self.task.reference(forward, place, self.progress)
+            self.histograms = to_data(input_before=inputs)
+            seen.write_text(json.dumps(self.histograms))
             del forward
             free(loaded.model)
             return reference
@@ -303,8 +335,11 @@ class _Run:
 
     def quantized(self, journal: "Journal", folder: Path) -> tuple[Any, Mapping[str, Any]]:
         """Quantize, save, and prove what was saved."""
+        from qcore.checkpoint.rewrite_file import KEPT, NONE, write_rewrite
+
         job, loaded = self.job, self.job.loaded
         result = self.solved(journal)
+        kept = NONE if result.rewrite.empty else KEPT
         with job.timed("save"):
             self.steps.save(
                 result.model,
@@ -313,10 +348,12 @@ class _Run:
                 adapter=job.adapter.name,
                 companions=loaded.write_companions,
                 dtype=loaded.dtype,
-                record=record_of(job, self.batches) | {"coverage": result.coverage.to_dict()},
+                record=record_of(job, self.batches) | {"coverage": result.coverage.to_dict(), "rewrite": kept},
                 registry=job.registry,
                 values=result.values,
             )
+            if kept == KEPT:
+                write_rewrite(folder, result.rewrite)
         proof: Mapping[str, Any] = {"level": "not proved: there is no data to run"}
         with job.timed("prove"):
             if self.stream:
@@ -325,8 +362,9 @@ class _Run:
                 proof = proved(self.steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
         return result, proof
 
-    def quality(self, folder: Path, reference: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
-        """How far what was saved is from the float model, and which kernels run it."""
+    def quality(self, folder: Path, reference: Any, sites: Sequence[str]) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
+        """How far what was saved is from the float model, and which kernels run it; histograms and attribution on the way."""
+        from qcore.evaluation.histograms import Magnitudes, leaves_of, to_data, watching_inputs
         from qcore.modules import serve_in
         from qcore.pipeline import compute_dtype
 
@@ -342,16 +380,50 @@ class _Run:
                 model = self.steps.load(folder, registry=job.registry)
                 forward = partial(job.adapter.outputs, model)
         kernels = kernels_of(model)
+        leaves = leaves_of(sites)
+        with job.timed("histograms"):
+            self._weights(folder, model, leaves)
         if self.task is None or reference is None:
             return None, kernels
         if self.stream:
             forward.serve(computed)
         else:
             serve_in(model, computed)
-        with job.timed("evaluate"):
+        inputs: dict[str, Magnitudes] = {}
+        with job.timed("evaluate"), watching_inputs(model, leaves, inputs):
             scores = self.task.evaluate(forward, reference, self.progress)
+        self._add(to_data(input_after=inputs))
+        if job.attribute:
+            with job.timed("attribute"):
+                self.attribution = self._attributed(folder, model, reference)
         computed_in = str(computed).removeprefix("torch.")
         return {"task": self.task.name, "computed_in": computed_in, "reference_precision": reference.precision, "scores": scores}, kernels
+
+    def _add(self, data: Mapping[str, Any]) -> None:
+        for kind, own in data.items():
+            self.histograms[kind] = {**self.histograms.get(kind, {}), **own}
+
+    def _weights(self, folder: Path, model: Any, leaves: Sequence[Any]) -> None:
+        """Histograms of the weights, float and stored."""
+        from qcore.checkpoint import MANIFEST, Manifest
+        from qcore.checkpoint.load import open_shards
+        from qcore.evaluation.histograms import float_weights, stored_weights, to_data
+
+        if (folder / MANIFEST).is_file():
+            after = stored_weights(model, leaves, open_shards(folder, Manifest.read(folder)))
+            self._add(to_data(weight_before=float_weights(self.job.loaded.reader, leaves), weight_after=after))
+
+    def _attributed(self, folder: Path, model: Any, reference: Any) -> dict[str, Any]:
+        """Which modules the loss comes from."""
+        from qcore.checkpoint import Manifest
+        from qcore.checkpoint.load import skeleton_of
+        from qcore.cli._models import float_again
+        from qcore.evaluation import attribute, part_of
+
+        job = self.job
+        skeleton = skeleton_of(folder, Manifest.read(folder), job.registry)
+        again = float_again(folder, model, skeleton, job.loaded.reader, job.adapter, job.registry)
+        return attribute(again, *part_of(self.task, reference, ATTRIBUTE_TOKENS), self.progress).to_dict()
 
 
 def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
@@ -482,6 +554,8 @@ def make_report(
     kernels: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]],
     folder: Path,
     ledger: Mapping[str, Any],
+    histograms: Mapping[str, Any],
+    attribution: Mapping[str, Any],
 ) -> "Report":
     """Everything that was learnt, in one record."""
     import platform
@@ -527,6 +601,7 @@ def make_report(
         quality=quality,
         sites=sites,
         left_float=plan.left_float,
+        refused=plan.refused,
         coverage={"weights_quantized": len(sites), "share_of_parameters": round(quantized / parameters, 4) if parameters else 0.0}
         | ({"experts": ledger} if ledger["stacks"] else {}),
         seconds={k: round(v, 3) for k, v in job.seconds.items()},
@@ -539,6 +614,8 @@ def make_report(
             "python": platform.python_version(),
             "threads": str(torch.get_num_threads()),
         },
+        histograms=histograms,
+        attribution=attribution,
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that `qcore quantize` wrote.", show_default=False)]
 # what holds times and outputs of one machine
-NOT_PROMISED = ("report.json", "proof.json")
+NOT_PROMISED = ("report.json", "report.html", "proof.json")
 
 
 def verify(

@@ -1,6 +1,7 @@
 """What quantization cost: tasks, metrics, comparisons, and the report beside a checkpoint."""
 
-from qcore.evaluation.compare import Candidate, compare
+from qcore.evaluation.attribution import Attribution, FloatAgain, ModuleCost, attribute
+from qcore.evaluation.compare import Candidate, Row, compare, pareto, part_of
 from qcore.evaluation.data import TextPair, choose_text, default_window, evaluation_windows
 from qcore.evaluation.memory import MemoryMeter
 from qcore.evaluation.report import Report, read_report
@@ -9,16 +10,23 @@ from qcore.evaluation.task import Agreement, LanguageModeling, Task
 
 __all__ = [
     "Agreement",
+    "Attribution",
     "Candidate",
+    "FloatAgain",
     "LanguageModeling",
     "MemoryMeter",
+    "ModuleCost",
     "Reference",
     "Report",
+    "Row",
     "Task",
     "TextPair",
+    "attribute",
     "choose_text",
     "compare",
     "default_window",
     "evaluation_windows",
+    "pareto",
+    "part_of",
     "read_report",
 ]

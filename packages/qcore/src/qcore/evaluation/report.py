@@ -49,9 +49,12 @@ class Report:
     size:    before_bytes and after_bytes of all weights as stored; effective_bits per quantized weight and quantized_values
     quality: the task's name and its scores, the float model's beside; None where there was no data.  report.json has its KL as "kl" too
     sites:   one row per quantized weight;  left_float: parameter → why it was left float
+    refused: axis of a weight → why no transform may touch it: the family's structure, as far as it could be followed
     seconds: by step of the command;  phases: inside the quantization (some contain others);  memory: bytes, see `MemoryMeter`
     proof:   what was proved of the checkpoint
     threads: of the matrix products; another number may give other bits
+    histograms:  magnitudes of weights and inputs by kind of module, see `qcore.evaluation.histograms`
+    attribution: which modules the loss comes from, see `Attribution`; {} where nobody asked
     """
 
     model: Mapping[str, Any]
@@ -61,6 +64,7 @@ class Report:
     quality: Mapping[str, Any] | None
     sites: Sequence[SiteRow]
     left_float: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
@@ -68,6 +72,8 @@ class Report:
     proof: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     threads: int = 1
+    histograms: Mapping[str, Any] = field(default_factory=dict)
+    attribution: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kernels(self) -> dict[str, int]:

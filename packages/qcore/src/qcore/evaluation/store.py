@@ -6,7 +6,7 @@ a store into a memory map would kill the process.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,10 @@ class Reference:
     classes: int
     precision: Precision
     data: str
+
+    def first(self, rows: int, data: str) -> "Reference":
+        """The same file, of which only the first rows count.  data: sha256 of the data that they belong to"""
+        return replace(self, rows=rows, data=data)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Logits of rows start … stop - 1.  [n, V] float32"""

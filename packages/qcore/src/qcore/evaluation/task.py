@@ -1,7 +1,7 @@
 """What an evaluation is: data, and what is compared on it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -70,6 +70,11 @@ class LanguageModeling:
     def evaluate(self, forward: Forward, reference: Reference, progress: Progress | None = None) -> Scores:
         _same_data(self, reference)
         distance, rows = Distance(), self.windows.shape[1] - 1
+        if int(self.windows.max()) >= reference.classes:
+            raise QcoreError(
+                f"the text holds token {int(self.windows.max())}, but the model gives {reference.classes} values for each: these are no logits over "
+                "a vocabulary, and it cannot be judged as a language model; leave out --eval, and evaluate it by a task of its own"
+            )
         for i, logits in enumerate(_each(self._outputs(forward), "evaluate", len(self.windows), progress)):
             _check(logits, reference, f"window {i}")
             distance.add(reference.read(i * rows, (i + 1) * rows), logits, self.windows[i, 1:])
@@ -83,6 +88,12 @@ class LanguageModeling:
             "windows": len(self.windows),
             "window": self.windows.shape[1],
         }
+
+    def part(self, tokens: int, reference: Reference) -> "tuple[LanguageModeling, Reference]":
+        """The first windows alone, about `tokens` tokens of them (at least one window), with what the reference kept of them."""
+        count = max(1, min(len(self.windows), tokens // self.windows.shape[1]))
+        first = replace(self, windows=self.windows[:count])
+        return first, reference.first(count * (self.windows.shape[1] - 1), first.data())
 
     @torch.no_grad()
     def _outputs(self, forward: Forward) -> Iterable[Tensor]:

@@ -131,6 +131,30 @@ def _(module: Any, name: str) -> Layout:
     return Layout(matrix=lambda w: w.flatten(1), tensor=lambda m, shape: m.reshape(shape), rows=rows, channels=channels, parts=groups)
 
 
+@by_type.register(nn.ConvTranspose1d)
+@by_type.register(nn.ConvTranspose2d)
+@by_type.register(nn.ConvTranspose3d)
+def _(module: Any, name: str) -> Layout:
+    """[C, N/groups, *kernel]: input channels lie first.  Its input has no rows: every position is multiplied with the whole kernel at once."""
+    groups: int = module.groups
+
+    def matrix(w: Tensor) -> Tensor:
+        return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)  # [N, C/g · k]
+
+    def tensor(m: Tensor, shape: torch.Size) -> Tensor:
+        c, n, *kernel = shape
+        return m.reshape(groups, n, c // groups, *kernel).transpose(1, 2).reshape(shape)
+
+    def channels(w: Tensor, axis: Axis) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if axis == "in" or groups == 1:
+            return _along(0 if axis == "in" else 1)(w)
+        # output channel g·(N/groups) + j stands at w[inputs of group g, j]
+        split = w.unflatten(0, (groups, -1)).movedim(0, -1).movedim(1, -1)  # [C/g, *kernel, g, N/g]
+        return split.flatten(-2), lambda c: c.unflatten(-1, (groups, -1)).movedim(-1, 1).movedim(-1, 0).flatten(0, 1)
+
+    return Layout(matrix=matrix, tensor=tensor, rows=_no_rows, channels=channels, parts=groups)
+
+
 def _padding(module: Any) -> tuple[tuple[int, int], ...]:
     """(before, after) of each spatial axis; "same" padding is uneven for even kernels."""
     if module.padding == "same":

@@ -6,13 +6,13 @@ pass, adds ports to it, or stops it with a reason.  An addition makes its operan
 
 | between two layers | permute | scale | rotate |
 |---|---|---|---|
-| nothing, dropout, average pooling | passes | passes | passes |
+| nothing, dropout, zero padding, average pooling | passes | passes | passes |
 | ReLU, leaky ReLU, max pooling | passes | passes | stops |
 | GELU, SiLU, sigmoid … | passes | stops | stops |
 | batch norm, layer norm | its vectors move too | its gain and bias write the channels behind it | stops |
 | depthwise convolution | moves too | reads and writes | stops |
 | flatten | stops, unless one value a channel is left | each channel stands for a range of inputs | stops, likewise |
-| concatenation, a product, anything unknown | stops | stops | stops |
+| concatenation, a product, a transposed convolution, anything unknown | stops | stops | stops |
 
 A network that cannot be traced has sites and no links; so has every layer that is used more than once.
 """
@@ -32,8 +32,10 @@ from qcore.model.topology import Axis, Block, Invariance, Link, Port, Site, Topo
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVS)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # run, stay float, and no stream passes them
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
-SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *PADS)
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU)  # f(s·x) = s·f(x) for s > 0
@@ -41,7 +43,7 @@ ELEMENTWISE = (
     *(nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.ELU, nn.SELU, nn.CELU, nn.Softplus),
     *(nn.LogSigmoid, nn.Softsign),
 )
-KNOWN = (*LAYERS, *NORMS, *SAME, *AVERAGES, *MAXIMA, *HOMOGENEOUS, *ELEMENTWISE, nn.Flatten)
+KNOWN = (*LAYERS, *TRANSPOSED, *NORMS, *SAME, *AVERAGES, *MAXIMA, *HOMOGENEOUS, *ELEMENTWISE, nn.Flatten)
 
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, F.leaky_relu, "relu"), "homogeneous"),
@@ -101,6 +103,19 @@ class _Flow:
     axis: int = -1  # where the channels lie: 1 behind a convolution
     flat: bool = False
     pooled: bool = False
+
+
+class _Tracer(fx.Tracer):
+    """Takes the layers that are known here as they are, and every module that a checkpoint may contain; torch's own tracer looks into the latter."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = any(isinstance(m, kind) and type(m).forward is kind.forward for kind in KNOWN)
+        return known or hasattr(type(m), "from_config") or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of the model's forward pass, with its layers as calls.  Raises whatever the forward does with a traced tensor."""
+    return _Tracer().trace(model)
 
 
 class _Walk:
@@ -186,10 +201,12 @@ class _Walk:
         for kind, types in (("same", SAME), ("homogeneous", HOMOGENEOUS), ("elementwise", ELEMENTWISE)):
             if isinstance(module, types):
                 return self._pointwise(kind, where, flow)
-        return self._unknown(inputs, f"{where}, which the plain adapters do not follow")
+        out = self._unknown(inputs, f"{where}, which the plain adapters do not follow")
+        self._note(path, module, flow, out)
+        return out
 
     def _note(self, path: str, module: nn.Module, flow: _Flow, out: _Flow) -> None:
-        if isinstance(module, LAYERS):
+        if isinstance(module, (*LAYERS, *TRANSPOSED)):
             self.reasons[f"{path}.weight", "in"] = dict(flow.streams)
             self.reasons[f"{path}.weight", "out"] = dict(out.streams)
 
@@ -281,7 +298,7 @@ def plain_topology(model: nn.Module) -> Topology:
     links: tuple[Link, ...] = ()
     problem = ""
     try:
-        walk.run(fx.symbolic_trace(model).graph)
+        walk.run(trace(model))
         links = links_of(walk.streams)
     except Exception as e:  # whatever the model's forward does with a traced tensor
         problem = f"not a chain: torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"

@@ -21,6 +21,8 @@ class Site:
     part:     one part of a fused stack, such as one expert
     channels: a slice of the channels: x and z of Mamba's in_proj, q, k and v of a fused projection
     role:     what rules and reports call the tensor, where that is not its name: "router" for the weight of a router, which "*:weight" does not mean
+    heads, head_dim: of q, k and v: so many heads lie behind each other in its last axis, of so many channels; 0 = none, or nobody knows
+    cached:   later tokens read it again, out of a cache: what a rule stores there is a policy of the cache (keys and values)
     """
 
     module: str
@@ -28,6 +30,9 @@ class Site:
     part: int | None = None
     channels: tuple[range, ...] = ()
     role: str = field(default="", compare=False)
+    heads: int = field(default=0, compare=False)
+    head_dim: int = field(default=0, compare=False)
+    cached: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         part = "" if self.part is None else f"[{self.part}]"

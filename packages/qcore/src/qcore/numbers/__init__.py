@@ -13,7 +13,7 @@ from qcore.numbers.formats import (
     NumberFormat,
     PowerOfTwo,
 )
-from qcore.numbers.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken, Tile, Unscaled, UnscaledTile
+from qcore.numbers.granularity import Granularity, PerChannel, PerGroup, PerHead, PerTensor, PerToken, Tile, Unscaled, UnscaledTile
 from qcore.numbers.spec import (
     Offset,
     QuantSpec,
@@ -43,6 +43,7 @@ __all__ = [
     "Offset",
     "PerChannel",
     "PerGroup",
+    "PerHead",
     "PerTensor",
     "PerToken",
     "PowerOfTwo",

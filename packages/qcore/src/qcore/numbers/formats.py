@@ -10,7 +10,7 @@ data (a codebook, a base, a threshold) is not a field but a fitted *part*: `fit`
 | Float(e, m) | a minifloat with e exponent and m mantissa bits, subnormals included | uint8, the bit pattern |
 | PowerOfTwo() | 2^-127 … 2^127 (OCP E8M0): the scale format of MX | uint8, the exponent + 127 |
 | Codebook(b, dim) | 2^b fitted numbers, or vectors of `dim` numbers | uint8 or int16, the index |
-| LowRankCodebook(b, rank) | 2^b fitted numbers for each block, in 8 bits over a shared basis | uint8, the index |
+| LowRankCodebook(b, rank, dim) | 2^b fitted numbers (or vectors) for each block, in 8 bits, perhaps over a shared basis | uint8, the index |
 """
 
 from collections.abc import Mapping
@@ -291,10 +291,12 @@ class Codebook(NumberFormat):
 
 @dataclass(frozen=True)
 class LowRankCodebook(NumberFormat):
-    """A codebook of 2**bits numbers for each block, stored in 8 bits: the books of all blocks are rows of one matrix with few components.
+    """A codebook of 2**bits numbers (dim=1) or vectors (dim=d) for each block, stored in 8 bits.
 
-    Books are sorted, stacked [blocks, k] and written as U·V: V [rank, k] is shared, U [blocks, rank] is held in int8, one scale a component.
-    rank = 0 leaves the basis out: the books themselves are int8.  A book costs 8 bits times rank (or k).
+    The books of all blocks are rows of one matrix with few components: sorted, stacked [blocks, k] and written as U·V, V [rank, k] is shared,
+    U [blocks, rank] is held in int8, one scale a component.  rank = 0 leaves the basis out: the books themselves are int8 under one scale, so give
+    blocks of different size a scale of their own (granularity `tile`).  A book costs 8 bits times rank (or k·dim).  Vectors have no order, and
+    no basis.
     Source: GPTVQ, section 3.4 (codebook quantization and SVD), https://arxiv.org/abs/2402.15319
     """
 
@@ -302,13 +304,15 @@ class LowRankCodebook(NumberFormat):
     bits: int
     rank: int = 0
     iterations: int = 100
+    dim: int = 1
 
-    dim = 1
     per_block = True
     lo = -1.0
     hi = 1.0
 
     def __post_init__(self) -> None:
+        if self.dim < 1 or (self.dim > 1 and self.rank):
+            raise SpecError(f"codebooks of vectors have no shared basis, got dim={self.dim} and rank={self.rank}; take rank=0")
         if not 1 <= self.bits <= 8 or not 0 <= self.rank <= 1 << self.bits:
             raise SpecError(f"a low-rank codebook has 1 to 8 bits a code and a rank of 0 to 2^bits, got bits={self.bits}, rank={self.rank}")
 
@@ -325,12 +329,14 @@ class LowRankCodebook(NumberFormat):
         return torch.uint8
 
     def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        points, weights = x.float().unsqueeze(-1), None if weight is None else weight.float().unsqueeze(-1)
-        return self.compress(kmeans(points, 1 << self.bits, weights, self.iterations).squeeze(-1))
+        points, weights = x.float(), None if weight is None else weight.float()
+        if self.dim == 1:
+            points, weights = points.unsqueeze(-1), None if weights is None else weights.unsqueeze(-1)
+        return self.compress(kmeans(points, 1 << self.bits, weights, self.iterations).flatten(-2))
 
     def compress(self, books: Tensor) -> dict[str, Tensor]:
-        """The stored parts of books [..., k]; the order of a book's numbers is lost, so codes are chosen anew."""
-        rows = books.sort(-1).values.flatten(0, -2).double()
+        """The stored parts of books [..., k·dim]; the order of a book's numbers (not of its vectors) is lost, so codes are chosen anew."""
+        rows = (books.sort(-1).values if self.dim == 1 else books).flatten(0, -2).double()
         parts = {}
         if self.rank:
             # the components of the k × k second moment are those of the stack, however tall it is
@@ -344,17 +350,24 @@ class LowRankCodebook(NumberFormat):
         return {"book": book.unflatten(0, books.shape[:-1]), "book_scale": scale, **parts}
 
     def books(self, params: Params) -> Tensor:
-        """The numbers of each book.  → [..., k] float32"""
+        """The numbers of each book, vector by vector.  → [..., k·dim] float32"""
         if "book" not in params:
             raise SpecError(f"{self} needs its fitted parts {', '.join(self.parts)}; call `fit`, or `quantize`, which does")
         rows = params["book"].float() * params["book_scale"].float()
         return rows @ params["basis"].float() if self.rank else rows
 
     def encode(self, x: Tensor, params: Params = NO_PARAMS) -> Tensor:
-        return (x.float().unsqueeze(-1) - self.books(params)).abs().argmin(-1).to(torch.uint8)
+        books = self.books(params)
+        if self.dim > 1:
+            books = books.unflatten(-1, (-1, self.dim))
+            return (x.float().unsqueeze(-2) - books).square().sum(-1).argmin(-1).to(torch.uint8)
+        return (x.float().unsqueeze(-1) - books).abs().argmin(-1).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params = NO_PARAMS) -> Tensor:
         books = self.books(params)
+        if self.dim > 1:
+            own = books.unflatten(-1, (-1, self.dim)).expand(*codes.shape, -1, -1)
+            return own.gather(-2, codes.long()[..., None, None].expand(*codes.shape, 1, self.dim)).squeeze(-2)
         return books.expand(*codes.shape, books.shape[-1]).gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
 
 

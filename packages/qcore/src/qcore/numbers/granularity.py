@@ -71,6 +71,28 @@ class PerToken:
 
 
 @dataclass(frozen=True)
+class PerHead:
+    """One scale for each head of each token: the last axis is `heads` heads of equal size behind each other.  [..., H·D]
+
+    heads: 0 = those of the place where it is used: rules leave it out, and the site of a q, k or v knows (`Site.heads`)
+    """
+
+    name: ClassVar[str] = "head"
+    heads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.heads < 0:
+            raise SpecError(f"heads are counted from 1, got heads={self.heads}")
+
+    def block(self, shape: Shape) -> Shape:
+        if not self.heads:
+            raise SpecError("granularity 'head' is for q, k and v of an attention, whose heads are known; here use 'token', or 'group' with a size")
+        if shape[-1] % self.heads:
+            raise SpecError(f"{self.heads} heads do not divide K={shape[-1]}")
+        return (1,) * (len(shape) - 1) + (shape[-1] // self.heads,)
+
+
+@dataclass(frozen=True)
 class PerGroup:
     """One scale for `size` consecutive values of the last axis, which it must divide."""
 
@@ -123,7 +145,7 @@ class UnscaledTile(Unscaled):
         return Tile(self.rows, self.cols).block(shape)
 
 
-GRANULARITIES: dict[str, type] = {c.name: c for c in (Unscaled, PerTensor, PerChannel, PerToken, PerGroup, Tile, UnscaledTile)}
+GRANULARITIES: dict[str, type] = {c.name: c for c in (Unscaled, PerTensor, PerChannel, PerToken, PerHead, PerGroup, Tile, UnscaledTile)}
 
 
 def grid(shape: Shape, block: Shape) -> Shape:

@@ -15,8 +15,9 @@ def kmeans(points: Tensor, k: int, weight: Tensor | None = None, iterations: int
     b, n, d = points.shape
     weight = torch.ones_like(points) if weight is None else weight
     centers = _first_centers(points, k, weight)
+    lifted = torch.cat([weight * points, weight], -1)
     for _ in range(iterations):
-        owner = _nearest(points, centers, weight)  # [B, n]
+        owner = _nearest(points, centers, lifted)  # [B, n]
         index = owner.unsqueeze(-1).expand(b, n, d)
         mass = torch.zeros_like(centers).scatter_add_(1, index, weight)
         total = torch.zeros_like(centers).scatter_add_(1, index, weight * points)
@@ -65,10 +66,13 @@ def _order(points: Tensor, there: Tensor) -> Tensor:
     return (centred @ torch.linalg.inv(cov) * centred).sum(-1)
 
 
-def _nearest(points: Tensor, centers: Tensor, weight: Tensor) -> Tensor:
-    """Index of the nearest centre by weighted squared distance, without a [B, n, k, d] array.  For d = 1 the centres are sorted."""
+def _nearest(points: Tensor, centers: Tensor, lifted: Tensor) -> Tensor:
+    """Index of the nearest centre by weighted squared distance, without a [B, n, k, d] array.  For d = 1 the centres are sorted.
+
+    lifted: [B, n, 2d], the weighted points and their weights
+    """
     if points.shape[-1] == 1:
         c = centers.squeeze(-1)
         return torch.searchsorted(((c[:, 1:] + c[:, :-1]) / 2).contiguous(), points.squeeze(-1).contiguous())
     # Σ w (x - c)² = Σ w x² - 2 Σ (w x) c + Σ w c²; the first term does not matter
-    return (weight @ centers.square().transpose(1, 2) - 2 * (weight * points) @ centers.transpose(1, 2)).argmin(-1)
+    return (lifted @ torch.cat([-2 * centers, centers.square()], -1).transpose(1, 2)).argmin(-1)

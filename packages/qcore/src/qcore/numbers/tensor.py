@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcore.errors import SpecError
 from qcore.numbers.formats import NumberFormat
-from qcore.numbers.granularity import PerChannel, PerGroup, PerToken, Shape, Tile, block_range, grid, repeat_blocks, spread, to_blocks
+from qcore.numbers.granularity import PerChannel, PerGroup, PerToken, Shape, Tile, block_range, from_blocks, grid, repeat_blocks, spread, to_blocks
 from qcore.numbers.spec import SCALE_DTYPES, Offset, QuantSpec
 
 
@@ -55,8 +55,7 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The values that the codes stand for.  → [*shape] float32"""
         fmt, block = self.spec.format, self.block
-        values = fmt.decode(self.codes, per_value_params(self.spec, self.params(), self.shape))
-        values = values.reshape(self.shape)
+        values = _by_block(self) if fmt.per_block else fmt.decode(self.codes, self.params()).reshape(self.shape)
         if not self.spec.scaled:
             return values
         if self.spec.offset is Offset.CODE:
@@ -84,6 +83,16 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of the parts as they are held here, codes unpacked."""
         return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+
+def _by_block(q: QTensor) -> Tensor:
+    """The values at scale 1 of a format with parts of its own for each block, which are not repeated for every code.  → [*shape]"""
+    fmt, block = q.spec.format, q.block
+    codes = to_blocks(q.codes, (*block[:-1], block[-1] // fmt.dim))  # [g0, g1, …, n]
+    # one axis more, along which all codes of a block meet its parts
+    own = {name: p if name in fmt.shared else p.unsqueeze(codes.ndim - 1) for name, p in q.params().items()}
+    values = fmt.decode(codes, own)
+    return from_blocks(values if fmt.dim == 1 else values.flatten(-2), block, q.shape)
 
 
 def per_value_params(spec: QuantSpec, params: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:

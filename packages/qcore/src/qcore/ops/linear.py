@@ -3,6 +3,7 @@
 | kernel | runs | rank | what it costs |
 |---|---|---|---|
 | torch-int8-dynamic-linear | int8 weights × int8 inputs per token, on CPU | 100 | no copy of the weight; exact sums |
+| torch-int-linear | integers × integers of 2 to 8 bits, zero points, groups: `ops/int_linear.py` | 150 | a byte for each code; exact sums |
 | torch-int4-linear | 4-bit groups, bfloat16 inputs, on CPU | 200 | a second copy of the codes, half a byte each |
 | native-… | integers of 2 to 8 bits, on CPU | 50 | see `ops/native.py` |
 | reference-linear | everything, everywhere | 1000 | N·K float32 values are made for each call |

@@ -8,6 +8,7 @@ modules, no patched forward.
     run.py       the steps, and the journal       wishes.py   what the recipe says about a site
     sites.py     one weight: solve, settle, pack  skeleton.py which modules and weights are there
     floats.py    the float model                  record.py   what a run leaves
+    blocks.py    what a block solver sees, does   look.py     what an allocator sees
 """
 
 from qcore.pipeline.floats import compute_dtype, float_forward, load_in_memory, streamed_float

@@ -22,9 +22,12 @@ from qcore.model.source import LoadedModel
 from qcore.model.tap import Tap, attach
 from qcore.model.topology import Block, Site, Topology, join, within
 from qcore.modules import module_name, place, rebuild
+from qcore.modules.kv_cache import KVCache
 from qcore.modules.tapped import QuantizedTap
 from qcore.numbers import QTensor
+from qcore.pipeline.blocks import BlockStep
 from qcore.pipeline.floats import compute_dtype
+from qcore.pipeline.look import RunLook
 from qcore.pipeline.record import Quantized, SiteRecord
 from qcore.pipeline.sites import SiteSolver, Solution, shared_out
 from qcore.pipeline.skeleton import Skeleton
@@ -34,8 +37,7 @@ from qcore.processes import Alone, Processes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
 from qcore.transforms.base import LearnedTransform, Lesson, Transform
-from qcore.transforms.channels import site_matrix
-from qcore.transforms.rewrite import Rewrite, owner_of, rewritten_topology
+from qcore.transforms.rewrite import Rewrite, rewritten_topology
 
 
 @torch.no_grad()
@@ -101,6 +103,9 @@ class _Run:
                 f"{processes.count} processes share {len(batches)} calibration batches, and each needs one; start fewer processes, "
                 "or make smaller batches: --set calibration.batch=1"
             )
+        if processes.count > 1 and (recipe.block_solver is not None or (recipe.allocator is not None and recipe.allocator.needs != "weights")):
+            what = f"block solver {recipe.block_solver.name!r}" if recipe.block_solver is not None else f"allocator {recipe.allocator.name!r}"  # type: ignore[union-attr]
+            raise CalibrationError(f"{what} looks at all calibration batches, and {processes.count} processes would share them; start one process")
         self.loaded, self.registry, self.processes = loaded, registry, processes
         self.lessons, self.batches = batches, processes.own(batches)
         self.batch_numbers = processes.own(range(len(batches)))
@@ -116,6 +121,7 @@ class _Run:
         self.wishes = Wishes(recipe, registry, specs, self.dtype_name)
         self.sites = SiteSolver(self.model, self.wishes)
         self.result = Quantized(self.model, self.topology, self.adapter, specs, self.skeleton.rewrite)
+        self.together = None if recipe.block_solver is None else BlockStep(recipe.block_solver, self.model, self.sites, journal)
         self.result.coverage = Ledger(recipe.calibration.minimum, recipe.calibration.below)
 
     @property
@@ -163,9 +169,8 @@ class _Run:
         if allocator is None:
             return
         sites = [s for s in self.topology.sites if s in self.wishes.specs and s.param not in self.skeleton.rewrite.dropped]
-        reader = self.skeleton.reader
-        first = self.processes.rank == 0
-        made = allocator.allocate(sites, lambda s: site_matrix(s, reader[s.param], owner_of(self.skeleton.owners, s.param))) if first else None
+        look = RunLook(self.skeleton, self.wishes, self.adapter, self.batches, self._observed_blocks, self.stream)
+        made = allocator.allocate(sites, look) if self.processes.rank == 0 else None
         choices = self.processes.agreed(made)
         chosen = tuple(Rule(str(site).replace("[", "[[]"), c.spec, c.solver) for site, c in choices.items())
         self.wishes.recipe = replace(self.recipe, rules=(*self.recipe.rules, *chosen))
@@ -182,6 +187,8 @@ class _Run:
         done = self.journal.finished(len(blocks)) if self.journal else 0
         for index in range(done):
             assert self.journal is not None
+            if (kept := self.journal.step(_own_rewrite(index))) is not None:
+                self.skeleton.rewrite = self.skeleton.rewrite.then(Rewrite.from_state(*kept))
             self._restore(blocks[index], *self.journal.block(index))
         feed = self._feed() if needs_data and done < len(blocks) else None
         if self.stream and not any(b.feed == "rerun" for b in blocks):
@@ -220,6 +227,8 @@ class _Run:
         if runner is not None and self.recipe.propagate == "float":
             outputs = self._outputs(runner, index)
             stages = [[site for stage in stages for site in stage]]  # no site sees the errors of another
+        test = self.together.begin(feed, index, module, [s for stage in stages for s in stage]) if self.together is not None else None
+        all_seen: dict[Site, Seen] = {}
         solved: dict[Site, tuple[QTensor, SiteRecord]] = {}
         inputs: dict[Site, dict[str, Tensor]] = {}
         for stage in stages:
@@ -230,6 +239,11 @@ class _Run:
                 inputs |= {site.input: self.wishes.static_parts(site.input, seen[site]) for site in stage if self.wishes.is_static(site.input)}
             if runner is not None:
                 runner.solved(stage)
+            all_seen |= seen if test is not None else {}
+        if self.together is not None and test is not None and feed is not None:
+            with self.timed("solve"):
+                solved |= self.together.improve(test, solved, all_seen)
+            runner = BlockRunner(feed, index, module, [])  # what the other one kept is of the codes before
         round_parameters(module, {s.param for s in solved}, block.module, self.loaded.dtype)
         handlers = self._tap_handlers(block, feed, index)
         if runner is not None and self.recipe.propagate == "weights":
@@ -280,6 +294,7 @@ class _Run:
             return journal.inputs(index + 1, self.batch_numbers) if self.stream and not runner.feed.rerun else kept
 
     def _fit_block_transforms(self, block: Block, index: int, feed: BlockFeed | None) -> None:
+        own = Rewrite()
         for transform in self.recipe.transforms:
             if transform.scope != "block":
                 continue
@@ -296,9 +311,12 @@ class _Run:
                 with self.timed("observe"):
                     seen = BlockRunner(feed, index, module).observe(wants)
             with at(f"{block.module}: transform {transform.name}"):
-                self._fit(transform, inside, seen)
+                own = own.then(self._fit(transform, inside, seen))
+        if self.journal and (own.notes or not own.empty):
+            # the block's weights are kept as they are stored; the rewrite is kept for those who want the float ones again
+            self.journal.keep_step(_own_rewrite(index), *own.state())
 
-    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen], page: str = "") -> None:
+    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen], page: str = "") -> Rewrite:
         """Fit one transform, in process 0 alone: what comes out must be the same in all to the last digit.
 
         page: where one of scope "model" that learns, from the batches of all processes, keeps its state
@@ -314,13 +332,15 @@ class _Run:
             found = Rewrite.from_state(*self.processes.agreed(None if found is None else found.state()))
         assert found is not None
         self.skeleton.rewrite = self.skeleton.rewrite.then(found)
+        return found
 
     def _observe_stage(self, stage: Sequence[Site], runner: BlockRunner | None) -> dict[Site, Seen]:
         if runner is None:
             return {site: {} for site in stage}
         wanted: dict[Site, tuple[Observer, ...]] = {}
         for site in stage:
-            wanted[site.input] = (*self.wishes.solver(site).observes, *self.wishes.range_observers(site.input))
+            own = {o.name: o for o in (*self.wishes.solver(site).observes, *self.wishes.bias_observers(site))}
+            wanted[site.input] = (*own.values(), *self.wishes.range_observers(site.input))
         observed = runner.observe(_counted(wanted))
         return self._cover({site: observed[site.input] for site in stage})
 
@@ -354,7 +374,15 @@ class _Run:
             with self.timed("observe"):
                 # a runner that has solved sites would replay the very modules that are tapped
                 seen = BlockRunner(feed, index, self.model.get_submodule(block.module), []).observe(static)
-        return {s: QuantizedTap(self.wishes.specs[s], self.wishes.static_parts(s, seen[s]) if s in static else None) for s in sites}
+        return {s: self._handler(s, self.wishes.static_parts(s, seen[s]) if s in static else None) for s in sites}
+
+    def _handler(self, site: Site, parts: Mapping[str, Tensor] | None) -> Tap:
+        spec, rule = self.wishes.specs[site], self.recipe.rule_for(site)
+        if not site.cached:
+            return QuantizedTap(spec, parts)
+        window = rule.window if rule is not None and rule.window is not None else 0
+        with at(site):
+            return KVCache(spec, window, parts, (site.heads, site.head_dim))
 
     # the rest of the model, and the journal ----------------------------------------------------------------------------------------------
 
@@ -385,21 +413,23 @@ class _Run:
         return torch.bfloat16 if self.compute is torch.float32 and (wanted == "bfloat16" or native) else None
 
     def _observe_model(self, wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, Seen]:
-        """One pass of the float model, as rewritten so far, block by block."""
+        """One pass of the float model, as rewritten so far."""
+        return {site: own for seen in self._observed_blocks(wants) for site, own in seen.items()}
+
+    def _observed_blocks(self, wants: Mapping[Site, Sequence[Observer]]) -> Iterator[Mapping[Site, Seen]]:
+        """The same, what each block's sites saw at a time."""
         self.skeleton.settle_outside()
         feed = self._feed()
-        seen: dict[Site, Seen] = {}
         for index, block in enumerate(self.topology.blocks):
             self.progress("observe", index, len(self.topology.blocks))
             self.skeleton.install(block.module)
             module = self.model.get_submodule(block.module)
             materialize(module, block.module, self.skeleton.reader, self.compute)
             runner = BlockRunner(feed, index, module, keep=self.keep)
-            seen |= runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
+            yield runner.observe({s: o for s, o in wants.items() if within(s.module, block.module)})
             feed.advance(runner.outputs())
             if not feed.rerun:
                 release(module)
-        return seen
 
     def _journal_block(self, block: Block, index: int, records: list[SiteRecord]) -> None:
         assert self.journal is not None
@@ -418,7 +448,7 @@ class _Run:
         for path in sorted(data["modules"], key=lambda p: p.count(".")):
             entry = data["modules"][path]
             place(self.model, path, rebuild(self.registry.modules[entry["type"]], entry["config"], self.registry))
-        self.skeleton.installed |= {path for path in self.skeleton.rewrite.inserts if within(path, block.module)}
+        self.skeleton.installed |= {path: insert for path, insert in self.skeleton.rewrite.inserts.items() if within(path, block.module)}
         if self.stream:
             evaporate(self.model.get_submodule(block.module))  # also what a module makes of its config alone
         else:
@@ -438,6 +468,11 @@ class _Run:
 def _counted(wants: Mapping[Site, Sequence[Observer]]) -> dict[Site, tuple[Observer, ...]]:
     """The same wishes, with the rows of every part of a fused stack counted: a part may see none."""
     return {site: (*observers, Rows()) if site.part is not None and observers else tuple(observers) for site, observers in wants.items()}
+
+
+def _own_rewrite(index: int) -> str:
+    """The step under which a journal keeps what the transforms did to one block."""
+    return f"rewrite-{index:05d}"
 
 
 def _said(records: Sequence[SiteRecord]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Seen
-from qcore.errors import at
+from qcore.errors import CalibrationError, at
 from qcore.model.layers import layout
 from qcore.model.topology import Site
 from qcore.modules.online import Online
@@ -25,13 +25,14 @@ from qcore.remarks import listening, remark
 
 @dataclass(frozen=True)
 class Solution:
-    """The codes of one weight.  error, of, remarks: see `SiteRecord`; seconds: of the solver"""
+    """The codes of one weight.  error, of, remarks: see `SiteRecord`; seconds: of the solver; shift: what the bias is to lose, [N], or None"""
 
     codes: QTensor
     error: float
     of: str
     seconds: float
     remarks: tuple[str, ...] = ()
+    shift: Tensor | None = None
 
 
 def shared_out(costs: Sequence[float], count: int) -> list[int]:
@@ -65,12 +66,12 @@ class SiteSolver:
 
     def cost(self, sites: Sequence[Site]) -> float:
         """How much work `solve` is, as far as a shape tells: N K², what a column-wise solver does."""
-        shapes = [self._matrix(site).shape for site in sites]
+        shapes = [self.matrix(site).shape for site in sites]
         return float(sum(n * k * k for n, k in shapes))
 
     def solve(self, sites: Sequence[Site], seen: Seen) -> list[Solution]:
         """Choose the codes of weights that share their input."""
-        matrices = [self._matrix(site) for site in sites]
+        matrices = [self.matrix(site) for site in sites]
         for site, matrix in zip(sites, matrices, strict=True):
             with at(site):
                 self.wishes.spec(site).check(tuple(matrix.shape))
@@ -81,11 +82,15 @@ class SiteSolver:
             q = self.wishes.solver(sites[0]).solve(matrices[0] if len(sites) == 1 else torch.cat(matrices), self.wishes.spec(sites[0]), seen)
         pieces = [q] if len(sites) == 1 else split_rows(q, [m.shape[0] for m in matrices])
         seconds = (time.perf_counter() - started) / len(sites)
-        errors = [relative_error(m, piece.dequantize().to(m.dtype), seen.get("gram")) for m, piece in zip(matrices, pieces, strict=True)]
-        said = [(*heard, *_remarks_on(m)) for m in matrices]
-        return [Solution(piece, *error, seconds, words) for piece, error, words in zip(pieces, errors, said, strict=True)]
+        found = []
+        for site, matrix, piece in zip(sites, matrices, pieces, strict=True):
+            values = piece.dequantize().to(matrix.dtype)
+            shift = bias_shift(matrix, values, seen) if self.wishes.corrects_bias(site) else None
+            remarks = (*heard, *_remarks_on(matrix))
+            found.append(Solution(piece, *relative_error(matrix, values, seen.get("gram")), seconds, remarks, shift))
+        return found
 
-    def _matrix(self, site: Site) -> Tensor:
+    def matrix(self, site: Site) -> Tensor:
         """The float weight of a site, [N, K]."""
         owner = leaf_at(self.model, site.module)
         own, param = layout(owner, site.tensor), getattr(owner, site.tensor)
@@ -114,6 +119,9 @@ class SiteSolver:
                 whole = whole.clone()
                 whole[rows] = values
             param.data = own.tensor(values if rows is None else whole, param.shape).contiguous()
+        bias = getattr(owner, "bias", None)
+        if solution.shift is not None and isinstance(bias, nn.Parameter):
+            bias.data = bias.data - solution.shift.to(bias.dtype)
         packing = self.wishes.packing(site, q.shape)
         nbytes = sum(t.numel() * t.element_size() for t in packing.pack(q).values())
         return SiteRecord(
@@ -155,6 +163,18 @@ class SiteSolver:
             online=wrapper.before if isinstance(wrapper, Online) else None,
         )
         self.model.set_submodule(path, quantized_leaf(leaf, stored))
+
+
+def bias_shift(weight: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """(Ŵ - W)·E[x]: what the codes add to the mean of each output channel.  [N] float64
+
+    weight, values: [N, K];  seen: with the moments of the inputs, [P, K] where the rows of P parts see different ones (grouped convolutions)
+    """
+    if "moments" not in seen:
+        raise CalibrationError("bias correction got no moments of the inputs; pass calibration batches")
+    mean = seen["moments"].mean.double()  # [K], or [P, K]
+    delta = (values - weight).double().unflatten(0, (mean.shape[0] if mean.ndim == 2 else 1, -1))
+    return (delta @ mean.reshape(delta.shape[0], -1, 1)).flatten()
 
 
 def _look_at(gram: Tensor | None) -> None:

@@ -25,7 +25,7 @@ class Skeleton:
         self.loaded, self.topology, self.registry, self.compute = loaded, topology, registry, compute
         self.model: nn.Module = loaded.model
         self.rewrite = Rewrite()
-        self.installed: set[str] = set()
+        self.installed: dict[str, Insert] = {}  # a later transform may split a leaf that an earlier one put there
         self.owners = Owners(self.model)
         self._wrapped: set[str] = set()
         self._ties = tied_groups(self.model)
@@ -68,9 +68,9 @@ class Skeleton:
                 self._install_one(path, insert)
 
     def _install_one(self, path: str, insert: Insert) -> None:
-        if path in self.installed:
+        if self.installed.get(path) is insert:
             return
-        self.installed.add(path)
+        self.installed[path] = insert
         if insert.place.startswith("tap:"):
             with at(path):
                 attach_taps(self.model.get_submodule(path), insert, self.registry.modules)

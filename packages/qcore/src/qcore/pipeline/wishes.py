@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from qcore.calibration.observer import Observer, Seen
+from qcore.calibration.observers import Moments
 from qcore.calibration.ranges import range_observer, range_parts
 from qcore.errors import at
 from qcore.model.topology import Block, Site, Topology
@@ -60,7 +61,11 @@ class Wishes:
 
     def packing(self, site: Site, shape: tuple[int, ...]) -> Any:
         """The layout in which a weight's codes are kept: the first that can."""
-        return first_that_accepts(self._packings(site), self.spec(site), shape, self.reads(site))
+        return self.packing_for(site, self.spec(site), shape)
+
+    def packing_for(self, site: Site, spec: QuantSpec, shape: tuple[int, ...]) -> Any:
+        """That of a weight if it had this spec."""
+        return first_that_accepts(self._packings(site), spec, shape, self.reads(site))
 
     def stages(self, block: Block, rewrite: Rewrite) -> list[list[Site]]:
         """The block's stages, without sites that stay float; a weight that was split stands there as its parts."""
@@ -101,9 +106,21 @@ class Wishes:
         with at(site):
             return range_parts(seen["range"], spec, "minmax" if rule.observer is None else rule.observer.name)
 
+    def bias_observers(self, site: Site) -> tuple[Observer, ...]:
+        """What measures E[x] at the input of a weight whose layer's bias is to be corrected."""
+        return (Moments(),) if self.corrects_bias(site) else ()
+
+    def corrects_bias(self, site: Site) -> bool:
+        """Whether the recipe wants the bias of this weight's layer corrected; parts of stacks and slices of weights have none of their own."""
+        return self.recipe.correct_bias and site.tensor == "weight" and site.part is None and not site.channels
+
     def needs_data(self, topology: Topology) -> bool:
         """Whether anything in the recipe looks at calibration data."""
         sites = [s for s in topology.sites if s in self.specs]
-        observing = any(self.solver(s).observes or self.is_static(s.input) for s in sites) or any(self.is_static(s) for s in topology.activations)
+        observing = (
+            self.recipe.block_solver is not None
+            or any(self.solver(s).observes or self.is_static(s.input) or self.corrects_bias(s) for s in sites)
+            or any(self.is_static(s) for s in topology.activations)
+        )
         block_wants = any(t.wants(topology.within(b), self.specs) for t in self.recipe.transforms if t.scope == "block" for b in topology.blocks[:1])
         return observing or block_wants

@@ -40,7 +40,12 @@ def qcore_transforms():
 
 @hookspec
 def qcore_solvers():
-    """Solvers: choose the codes of one matrix, or of one block.  Proved by `qcore.testing.check_solver`."""
+    """Solvers: choose the codes of one matrix.  Proved by `qcore.testing.check_solver`."""
+
+
+@hookspec
+def qcore_block_solvers():
+    """Block solvers: improve the codes of a block's weights together, by what the block puts out."""
 
 
 @hookspec

@@ -81,6 +81,7 @@ class Registry:
     observers: Shelf[type[Any]] = _opened("observers")
     transforms: Shelf[type[Any]] = _opened("transforms")
     solvers: Shelf[type[Any]] = _opened("solvers")
+    block_solvers: Shelf[type[Any]] = _opened("block_solvers")
     allocators: Shelf[type[Any]] = _opened("allocators")
     selectors: Shelf[type[Any]] = _opened("selectors")
     modules: Shelf[type[Any]] = _opened("modules")

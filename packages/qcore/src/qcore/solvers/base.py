@@ -1,13 +1,12 @@
-"""What a solver is: it chooses codes for one matrix.  It never sees a module, a file layout or a device name."""
+"""What a solver is: it chooses codes for one matrix, or for all of a block.  It never sees a module, a file layout or a device name."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcore.calibration.observer import Observer, Seen
-from qcore.model.topology import Block, Site
+from qcore.model.topology import Site
 from qcore.numbers import QTensor, QuantSpec
 
 
@@ -33,25 +32,43 @@ class WeightSolver(Protocol):
         """
 
 
-@dataclass
-class BlockResult:
-    """What a block solver found.
+class BlockView(Protocol):
+    """One block, as a block solver may run it: the same calibration batches go in, other weights stand in it.
 
-    codes:       stored weights by site
-    activations: parts (scale, offset) of static activation sites
-    biases:      corrected biases by parameter name
-    edits:       a rewrite to apply besides, or None
+    weights: float matrices [N, K] by site
+    start:   what the solvers of single weights found
+    shares:  importance of each row of a batch, one number a batch; 1 = as any other
     """
 
-    codes: Mapping[Site, QTensor]
-    activations: Mapping[Site, Mapping[str, Tensor]] = field(default_factory=dict)
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
-    edits: Any = None
+    @property
+    def weights(self) -> Mapping[Site, Tensor]: ...
+
+    @property
+    def start(self) -> Mapping[Site, QTensor]: ...
+
+    @property
+    def shares(self) -> Sequence[float]: ...
+
+    def target(self, batch: int) -> Tensor:
+        """What the float block puts out, in the sense of `BlockSolver.target`; padding is left out.  [rows, C]"""
+
+    def run(self, batch: int, matrices: Mapping[Site, Tensor]) -> Tensor:
+        """What it puts out with these matrices [N, K] in the place of its weights; differentiable in them.  [rows, C]"""
 
 
 class BlockSolver(Protocol):
-    """Chooses codes for all weights of a block together, by what comes out of it (AdaRound, BRECQ, learned clipping)."""
+    """Improves the codes of all weights of a block together, by what comes out of the block, once each weight has been solved on its own.
+
+    name:   lower case
+    target: "float": what the block puts out in the float model, so that errors of the blocks before are made good too; "same": what the float block
+            puts out for the very inputs that the quantized one reads
+    """
 
     name: ClassVar[str]
+    target: Literal["float", "same"] = "same"
 
-    def solve_block(self, block: Block, module: nn.Module, specs: Mapping[Site, QuantSpec], inputs: Any) -> BlockResult: ...
+    def refuses(self, spec: QuantSpec) -> str | None:
+        """Why it cannot work on weights that are stored so, or None; they keep the codes that they have."""
+
+    def solve_block(self, view: BlockView) -> Mapping[Site, QTensor]:
+        """Other codes for some or all weights of the block, under the specs of `view.start`; the others keep theirs."""

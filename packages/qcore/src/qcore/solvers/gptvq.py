@@ -20,6 +20,8 @@ from qcore.numbers.tensor import require_finite
 from qcore.solvers.gptq import GPTQ, _checked_gram, _Run
 from qcore.solvers.scales import Lattice
 
+_ONE_HOT = 64  # numbers of a book up to which a product with one-hot rows is faster than adding them up
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTVQ:
@@ -56,7 +58,7 @@ class GPTVQ:
             raise SpecError("GPTVQ keeps no entries frozen; leave out the transform that splits this weight, or use GPTQ")
         gram = _checked_gram(weight, seen)
         require_finite(weight)
-        books = Codebook(fmt.bits, per_block=True, iterations=fmt.iterations) if isinstance(fmt, LowRankCodebook) else fmt
+        books = Codebook(fmt.bits, fmt.dim, per_block=True, iterations=fmt.iterations) if isinstance(fmt, LowRankCodebook) else fmt
         lattice = Lattice(replace(spec, format=books), tuple(weight.shape))
         options = GPTQ(damp=self.damp, act_order=False, static_groups=False, clip="none", sweeps=0)
         dtype = torch.float64 if weight.dtype == gram.dtype == torch.float64 else torch.float32
@@ -67,8 +69,10 @@ class GPTVQ:
             run.sweep()
         parts = lattice.parts()
         if isinstance(fmt, LowRankCodebook):
-            _sort(run)
-            stored = fmt.compress(lattice.params["codebook"])
+            if fmt.dim == 1:
+                _sort(run)
+            books_now = lattice.params["codebook"]
+            stored = fmt.compress(books_now if fmt.dim == 1 else books_now.flatten(-2))
             for _ in range(max(self.rounds, 1)):
                 _refit(run, stored)
                 run.sweep()
@@ -84,31 +88,53 @@ def _refit(run: _Run, stored: dict[str, Tensor] | None = None) -> None:
     lattice, d = run.lattice, run.d
     k = d << lattice.spec.format.bits
     eye = torch.eye(k, dtype=run.w.dtype)
-    basis = eye if stored is None or "basis" not in stored else stored["basis"].to(run.w.dtype)
+    basis = None if stored is None or "basis" not in stored else stored["basis"].to(run.w.dtype)
     for g in range(lattice.G):
         cols = slice(g * lattice.bc, min((g + 1) * lattice.bc, run.K))
         slope = run._flat(run.gram[:, cols] @ run._parts(run.error).transpose(0, 1))  # (W-Ŵ)·H, [m, N]
         codes = run.codes[cols.start // d : cols.stop // d].long()  # [m/d, N]
         # which number of the book each weight is: entry i of code c's d numbers stands at c·d + i
         place = (codes.unsqueeze(1) * d + torch.arange(d).view(1, d, 1)).flatten(0, 1)  # [m, N]
-        z = torch.zeros(*place.T.shape, k, dtype=slope.dtype).scatter_(2, place.T.unsqueeze(-1), 1.0)  # [N, m, k]
-        H = run.gram[:, cols, cols].repeat_interleave(run.N // run.P, 0) if run.P > 1 else run.gram[0, cols, cols]
-        curve = _over_tiles(z.mT @ (H @ z), lattice)  # [R, k, k]
-        fall = _over_tiles((z * slope.T.unsqueeze(-1)).sum(1), lattice)
+        scale = lattice.rows(lattice.scale[g]).to(slope.dtype)  # [N]; 1 where the spec has none
+        curve = _curvature(run, cols, place, scale, k)  # [R, k, k]
+        falls = torch.zeros(run.N, k, dtype=slope.dtype).scatter_add_(1, place.T, slope.T * scale.unsqueeze(1))
+        fall = _over_tiles(falls, lattice)  # [R, k]
         book = lattice.params["codebook"][:, g].flatten(1).to(slope.dtype)  # [R, k]
         # numbers that no weight uses stay where they are
         ridge = 1e-6 * curve.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(curve.dtype).tiny)
         curve = curve + eye * ridge[:, None, None]
         target = (curve @ book.unsqueeze(-1)).squeeze(-1) + fall
-        inside = torch.linalg.solve(basis @ curve @ basis.T, (target @ basis.T).unsqueeze(-1)).squeeze(-1)  # [R, rank]
+        if basis is not None:
+            inside = torch.linalg.solve(basis @ curve @ basis.T, (target @ basis.T).unsqueeze(-1)).squeeze(-1)  # [R, rank]
+        else:
+            inside = torch.linalg.solve(curve, target.unsqueeze(-1)).squeeze(-1)
         if stored is not None:
             inside = (inside / stored["book_scale"]).round().clamp(-127, 127)
             stored["book"][:, g] = inside.to(torch.int8)
             inside = inside * stored["book_scale"].to(inside.dtype)
-        new = (inside @ basis).float()
+        new = (inside if basis is None else inside @ basis).float()
         moves = (new.to(slope.dtype) - book).repeat_interleave(lattice.br, 0)[: run.N]  # [N, k]
-        run.error[cols] -= moves.T.gather(0, place)
+        run.error[cols] -= moves.T.gather(0, place) * scale
         lattice.params["codebook"][:, g] = new.view(lattice.params["codebook"][:, g].shape)
+
+
+def _curvature(run: _Run, cols: slice, place: Tensor, scale: Tensor, k: int) -> Tensor:
+    """Σ over the rows of each tile of s²·ZᵀHZ, Z [m, k] being one-hot: which number of the book each weight of the row is.  [R, k, k]
+
+    place: [m, N]; scale: [N]
+    """
+    lattice, m = run.lattice, place.shape[0]
+    square = scale.square()
+    if k <= _ONE_HOT:
+        z = torch.zeros(*place.T.shape, k, dtype=scale.dtype).scatter_(2, place.T.unsqueeze(-1), 1.0)  # [N, m, k]
+        H = run.gram[:, cols, cols].repeat_interleave(run.N // run.P, 0) if run.P > 1 else run.gram[0, cols, cols]
+        return _over_tiles(z.mT @ (H @ z) * square[:, None, None], lattice)
+    curve = torch.zeros(lattice.R, k * k, dtype=scale.dtype)
+    for n in range(run.N):
+        H = run.gram[n * run.P // run.N, cols, cols] * square[n]
+        own = place[:, n]
+        curve[n // lattice.br].scatter_add_(0, (own.unsqueeze(1) * k + own).flatten(), H.reshape(m * m))
+    return curve.view(lattice.R, k, k)
 
 
 def _over_tiles(per_row: Tensor, lattice: Lattice) -> Tensor:

@@ -227,7 +227,8 @@ class TinyDecoderAdapter(ModelAdapter):
             Port("model.embed_tokens.weight", "in"): "token ids choose its rows",
             Port("lm_head.weight", "out"): "the logits are the model's output",
         }
-        taps = tuple(Site(f"{block.module}.self_attn", t) for block in blocks for t in "qkv")
+        heads = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
+        taps = tuple(Site(f"{b.module}.self_attn", t, heads=n, head_dim=c.hidden // c.heads) for b in blocks for t, n in heads.items())
         return Topology(tuple(blocks), tuple(links), blocked, taps, tied_names(model))
 
     def _norm_link(self, norm: str, readers: list[str], c: TinyConfig) -> Link:

@@ -12,11 +12,13 @@ from qcore.model.adapter import tied_names
 from qcore.model.reader import DictReader, TensorReader
 from qcore.model.tap import attach
 from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
+from qcore.modules.leaves import FLOAT_LEAVES, Nothing
 from qcore.modules.online import Online
 from qcore.modules.sum import Sum
 from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
 
-INSERTABLE: Mapping[str, type[Any]] = {cls.name: cls for cls in (OnlineHadamard, HeadHadamard, Sum)}
+_INSERTABLE: tuple[type[Any], ...] = (OnlineHadamard, HeadHadamard, Sum, Nothing, *FLOAT_LEAVES)
+INSERTABLE: Mapping[str, type[Any]] = {cls.name: cls for cls in _INSERTABLE}
 
 
 def build_insert(insert: Insert, modules: Mapping[str, type[Any]] | None = None) -> nn.Module:

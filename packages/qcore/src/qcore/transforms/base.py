@@ -21,11 +21,13 @@ class Transform(Protocol):
     scope: "block": fitted block by block, on the outputs of the quantized blocks before, with the links inside the block;
            "model": fitted once, before any block is solved, with all links (residual rotations)
     exact: whether outputs stay equal up to rounding; False needs a stated `Rewrite.exact`
+    parts: what it calls the leaves that it makes of one, ("coarse", "fine") for a split: rules may name them before they are there
     """
 
     name: ClassVar[str]
     scope: ClassVar[Literal["block", "model"]] = "block"
     exact: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def wants(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> Mapping[Site, tuple[Observer, ...]]:
         """What it needs to see, by site (inputs of weights, usually); {} for data-free transforms."""

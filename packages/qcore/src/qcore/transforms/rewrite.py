@@ -16,6 +16,7 @@ from qcore.errors import NotFound, SpecError
 from qcore.model.layers import layout
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Invariance, Link, Port, Site, Topology
+from qcore.modules.leaves import FLOAT_LEAVES
 from qcore.modules.online import Online
 from qcore.numbers import hadamard as hadamards
 
@@ -106,6 +107,9 @@ class Put:
 Edit = Scale | Rotate | Hadamard | Permute | Shift | Put
 
 
+FLOAT_LEAF_NAMES = frozenset(leaf.name for leaf in FLOAT_LEAVES)
+
+
 @dataclass(frozen=True)
 class ModuleConfig:
     """A module to insert: its registered name, its plain-data config, and tensors for its buffers."""
@@ -136,6 +140,7 @@ class Rewrite:
     derived: new parameter → the parameter from which it starts (its own edits follow under its own name)
     inserts: module path → Insert
     dropped: parameters that are there no more
+    heirs:   dropped parameter → the one that now writes its channels: a batch norm's gain → the weight of the layer before
     unties:  parameters that were tied to another and now have a value of their own
     exact:   largest relative deviation of outputs that is claimed; 0 = exact up to rounding
     notes:   what was left out, and why; one sentence each, for the plan and the journal
@@ -145,6 +150,7 @@ class Rewrite:
     derived: dict[str, str] = field(default_factory=dict)
     inserts: dict[str, Insert] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    heirs: dict[str, str] = field(default_factory=dict)
     unties: frozenset[str] = frozenset()
     exact: float = 0.0
     notes: tuple[str, ...] = ()
@@ -174,7 +180,10 @@ class Rewrite:
                 # a parameter derived from one that was edited here starts from the edited form
                 edits[new] = tuple(_renamed(e, new) for e in self.edits.get(old, ())) + later.edits.get(new, ())
                 derived[new] = self.derived.get(old, old)
-        if clash := sorted(set(self.inserts) & set(later.inserts)):
+        # a layer of ours that stands for another one may be split, or replaced, like any layer
+        leaves = {path for path, own in self.inserts.items() if own.place == "instead" and own.module.type in FLOAT_LEAF_NAMES}
+        replaced = {path for path, own in later.inserts.items() if path in leaves and own.place == "instead"}
+        if clash := sorted((set(self.inserts) & set(later.inserts)) - replaced):
             one, other = self.inserts[clash[0]].module.type, later.inserts[clash[0]].module.type
             raise SpecError(f"two transforms insert a module at {clash[0]!r} ({one}, {other}); drop one")
         return Rewrite(
@@ -182,6 +191,7 @@ class Rewrite:
             derived=derived,
             inserts=self.inserts | later.inserts,
             dropped=self.dropped | later.dropped,
+            heirs=self.heirs | later.heirs,
             unties=self.unties | later.unties,
             exact=max(self.exact, later.exact),
             notes=self.notes + later.notes,
@@ -261,6 +271,7 @@ class Rewrite:
             "derived": self.derived,
             "inserts": inserts,
             "dropped": sorted(self.dropped),
+            "heirs": self.heirs,
             "unties": sorted(self.unties),
             "exact": self.exact,
             "notes": list(self.notes),
@@ -277,6 +288,7 @@ class Rewrite:
                 for path, d in data["inserts"].items()
             },
             dropped=frozenset(data["dropped"]),
+            heirs=dict(data.get("heirs", {})),
             unties=frozenset(data["unties"]),
             exact=data["exact"],
             notes=tuple(data["notes"]),
@@ -535,15 +547,31 @@ def rewritten_topology(topology: Topology, rewrite: Rewrite) -> Topology:
     blocks = tuple(
         replace(block, stages=tuple(tuple(part for site in stage for part in places(site)) for stage in block.stages)) for block in topology.blocks
     )
+    links = tuple(_inherited(link, rewrite) for link in topology.links) if rewrite.heirs else topology.links
     gone = {
         link: f"link {link.name} reads a leaf that was split, or that has a module before it"
-        for link in topology.links
+        for link in links
         if any(p.param in rewrite.dropped for p in link.ports) or any(p.axis == "in" and _leaf_of(p.param) in rewrite._fronted for p in link.reads)
     }
-    kept = tuple(link for link in topology.links if link not in gone)
+    kept = tuple(link for link in links if link not in gone)
     blocked = {p: why for link, why in gone.items() for p in link.ports if p.param not in rewrite.dropped}
     ties = {name: first for name, first in topology.ties.items() if name not in rewrite.unties}
     return replace(topology, blocks=blocks, links=kept, blocked={**topology.blocked, **blocked}, ties=ties)
+
+
+def _inherited(link: Link, rewrite: Rewrite) -> Link:
+    """The link with the heirs of dropped parameters in their place; those without an heir (a batch norm's mean) are left out."""
+    if not any(port.param in rewrite.heirs or _has_heir(port.param, rewrite) for port in link.writes):
+        return link
+    ports = [
+        replace(p, param=rewrite.heirs.get(p.param, p.param)) for p in link.writes if p.param in rewrite.heirs or not _has_heir(p.param, rewrite)
+    ]
+    return replace(link, writes=tuple(dict.fromkeys(ports)))
+
+
+def _has_heir(param: str, rewrite: Rewrite) -> bool:
+    """Whether the dropped parameter's module handed its work over."""
+    return param in rewrite.dropped and any(_leaf_of(param) == _leaf_of(old) for old in rewrite.heirs)
 
 
 class RewrittenReader:

@@ -122,6 +122,7 @@ class SplitColumns(Transform):
     """
 
     name: ClassVar[str] = "split-columns"
+    parts: ClassVar[tuple[str, ...]] = ("coarse", "fine")
     sites: tuple[str, ...]
     channels: int = 1
     by: Literal["input", "weight"] = "input"

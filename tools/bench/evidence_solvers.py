@@ -1,0 +1,177 @@
+"""The evidence for solvers and mixed precision at 2 and 3 bits, one JSON file a cell.
+
+    python tools/bench/evidence_solvers.py                compute the cells that are missing, then docs/evidence/solvers.md
+    python tools/bench/evidence_solvers.py --list         say which are missing, and compute nothing
+    python tools/bench/evidence_solvers.py --only w2      only cells whose name contains the word
+    python tools/bench/evidence_solvers.py --minutes 3    as many as begin within that time: a cell takes 5 s to 4 minutes on one core
+    python tools/bench/evidence_solvers.py --table        write the page from the cells that are there
+
+As `evidence.py`: the same key, the same measurement (quantize, save, load again, compare with the float model), all in one process.  tiny-llama: 64
+windows of 256 tokens of calibration text, drawn by the seed, and 64 of evaluation text.  smollm2-135m: news text, 64 and 24 windows of 512.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import evidence
+from evidence import ROOT, Cell, code_files, code_hash, missing
+
+SEEDS = 3
+PAGE = ROOT / "docs" / "evidence" / "solvers.md"
+_WIDE = "rules.0.granularity.size=32"
+_VECTORS = ("rules.0.format.bits=8", "rules.0.format.dim=4", "rules.0.granularity.rows=128", "rules.0.granularity.cols=256")
+
+# label → (recipe, overrides, what it is); {b} is the width
+METHODS = {
+    "rtn-clip": ("w4a16-rtn", ('solver.clip="mse"', "rules.0.format.bits={b}"), "nearest rounding, searched ranges; no data"),
+    "hqq": ("w2a16-hqq", ("rules.0.format.bits={b}",), "HQQ: float offsets, no data"),
+    "gptq": ("w{b}a16-gptq", (), "GPTQ, the baseline"),
+    "gptq-offset": ("w{b}a16-gptq", ("rules.0.offset=value",), "GPTQ with float offsets, as many bits as HQQ"),
+    "gptq-g32": ("w{b}a16-gptq", (_WIDE,), "GPTQ in groups of 32"),
+    "lowrank": ("w2a16-lowrank", ("rules.0.format.bits={b}",), "GPTQ and an 8-bit correction of rank 8"),
+    "lwc": ("w3a16-lwc", ("rules.0.format.bits={b}",), "learned clipping, nearest rounding"),
+    "adaround": ("w2a16-adaround", ("rules.0.format.bits={b}",), "GPTQ, then AdaRound over blocks"),
+    "signround": ("w2a16-signround", ("rules.0.format.bits={b}",), "GPTQ, then SignRound over blocks"),
+    "gptvq-1d": (
+        "w2a16-gptvq",
+        ("rules.0.format.bits={b}", "rules.0.format.dim=1", "rules.0.granularity.rows=2"),
+        "GPTVQ of single weights, tiles of 128",
+    ),
+    "gptvq-2d": ("w2a16-gptvq", (), "GPTVQ of pairs, tiles of 1024"),
+    "gptvq-4d": ("w2a16-gptvq", _VECTORS, "GPTVQ of vectors of 4, tiles of 32768"),
+}
+_AT_2_ONLY = ("gptvq-2d", "gptvq-4d")
+_ONE_SEED = ("rtn-clip", "hqq", "gptvq-4d")  # no data, or minutes a cell
+_BUDGETS = (3.0, 3.25, 3.5)
+_METRICS = ("mse", "output", "fisher", "taylor", "hessian-trace", "cca", "pruning", "spikes")
+
+
+def matrix() -> list[Cell]:
+    """What is measured, the first seed of everything first."""
+    tiny = {"length": 256, "windows": 64, "window": 256, "text": "own"}
+    cells = []
+    for seed in range(SEEDS):
+        for bits in (2, 3):
+            for label, (recipe, extra, _) in METHODS.items():
+                if (bits == 3 and label in _AT_2_ONLY) or (seed and label in _ONE_SEED):
+                    continue
+                overrides = tuple(o.format(b=bits) for o in extra)
+                cells.append(Cell("tiny-llama", f"solvers-w{bits}-{label}", recipe.format(b=bits), overrides, seed=seed, **tiny))  # type: ignore[arg-type]
+        for budget in _BUDGETS:
+            cells.append(Cell("tiny-llama", f"mixed-{budget}-kl", "mixed", (f"allocator.bits={budget}",), seed=seed, **tiny))  # type: ignore[arg-type]
+        if not seed:
+            for metric in _METRICS:
+                cells.append(Cell("tiny-llama", f"mixed-3.25-{metric}", "mixed", ("allocator.bits=3.25", f"allocator.metric={metric}"), **tiny))  # type: ignore[arg-type]
+            for choose in ("greedy", "prefix"):
+                cells.append(Cell("tiny-llama", f"mixed-3.25-kl-{choose}", "mixed", ("allocator.bits=3.25", f"allocator.choose={choose}"), **tiny))  # type: ignore[arg-type]
+    cells += [
+        Cell("smollm2-135m", "solvers-w2-gptq", "w2a16-gptq"),
+        Cell("smollm2-135m", "solvers-w2-gptvq-2d", "w2a16-gptvq"),
+        Cell("smollm2-135m", "solvers-w2-signround", "w2a16-signround"),
+    ]
+    return cells
+
+
+def page(cells: Sequence[Cell]) -> str:
+    """The tables, from the cells that are there."""
+    there = {(c.model, c.label): [] for c in cells}  # type: dict[tuple[str, str], list[dict[str, Any]]]
+    for c in cells:
+        if c.file.exists():
+            there[(c.model, c.label)].append(json.loads(c.file.read_text()))
+    some = next((own[0] for (model, _), own in there.items() if own and model == "tiny-llama"), None)
+    lines = [
+        "# Solvers at 2 and 3 bits, and mixed precision",
+        "",
+        "`python tools/bench/evidence_solvers.py` made this page; one JSON file a cell lies in `cells/`.",
+        "KL is to the float model, over the whole vocabulary, on text that was held out of calibration. Bits are packed bytes, scales and books",
+        "included. Means over seeds (of the calibration windows), ± their standard deviation; one seed where there is no ±. Seconds are of one core",
+        "of a machine with other work beside: orders of magnitude. A † marks cells of older code.",
+        "",
+    ]
+    for bits in (2, 3):
+        base = there[("tiny-llama", f"solvers-w{bits}-gptq")]
+        rows = [
+            (label, words, there[("tiny-llama", f"solvers-w{bits}-{label}")])
+            for label, (*_, words) in METHODS.items()
+            if ("tiny-llama", f"solvers-w{bits}-{label}") in there
+        ]
+        if known := [row for row in rows if row[2]]:
+            lines += [f"## tiny-llama, {bits} bits", "", *_table(known, base), ""]
+    uniform = [(f"uniform, w{b} GPTQ", "3 bits everywhere", there[("tiny-llama", f"solvers-w{b}-gptq")]) for b in (3,)]
+    mixed = [
+        (f"mixed {budget}", "2, 3, 4 or 6 bits; KL by substitution, knapsack", there[("tiny-llama", f"mixed-{budget}-kl")]) for budget in _BUDGETS
+    ]
+    metrics = [(f"mixed 3.25, {m}", "the same budget by another metric", there[("tiny-llama", f"mixed-3.25-{m}")]) for m in _METRICS]
+    ways = [(f"mixed 3.25, {w}", "KL, another way to choose", there[("tiny-llama", f"mixed-3.25-kl-{w}")]) for w in ("greedy", "prefix")]
+    known = [row for row in (*uniform, *mixed, *metrics, *ways) if row[2]]
+    if known:
+        lines += ["## tiny-llama, mixed precision", "", *_table(known, there[("tiny-llama", "solvers-w3-gptq")]), ""]
+    if some is not None:
+        lines += [f"Float perplexity of tiny-llama: {some['scores']['perplexity_reference']:.2f}.", ""]
+    large = [(label.removeprefix("solvers-"), "", own) for (model, label), own in there.items() if model == "smollm2-135m" and own]
+    if large:
+        lines += ["## smollm2-135m, 2 bits", "", *_table(large, there[("smollm2-135m", "solvers-w2-gptq")]), ""]
+        lines += [f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1.", ""]
+    reading = Path(__file__).with_name("solvers_reading.md")
+    if reading.exists():
+        lines += [reading.read_text(encoding="utf-8").strip(), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, str, list[dict[str, Any]]]], base: list[dict[str, Any]]) -> list[str]:
+    lines = ["| | | bits | KL | against GPTQ | perplexity | top-1 | seeds | seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    for label, words, own in rows:
+        seeds = {o["cell"]["seed"] for o in own}
+        same = [b["scores"]["kl"] for b in base if b["cell"]["seed"] in seeds]
+        change = f"{mean(o['scores']['kl'] for o in own) / mean(same) - 1:+.0%}" if len(same) == len(own) and same else "–"
+        old = "" if all(evidence.fresh(o) for o in own) else " †"
+        scores = (_spread(own, "kl", 4), change, _spread(own, "perplexity", 2), _spread(own, "top1", 3))
+        lines.append(f"| {label}{old} | {words} | {own[0]['bits']:.3f} | {' | '.join(scores)} | {len(own)} | {mean(o['seconds'] for o in own):.0f} |")
+    return lines
+
+
+def _spread(own: Sequence[dict[str, Any]], score: str, digits: int) -> str:
+    values = [o["scores"][score] for o in own]
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="say which cells are missing")
+    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
+    parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so long")
+    a = parser.parse_args()
+    cells = matrix()
+    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
+    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
+    if a.list:
+        print("\n".join(c.name for c in todo))
+        return 0
+    begun = time.perf_counter()
+    for cell in todo:
+        started = time.perf_counter()
+        if started - begun > 60 * a.minutes:
+            break
+        result = {"cell": asdict(cell), **evidence.measure(cell)}
+        files = code_files(cell.recipe)
+        result |= {"code": code_hash(files), "files": files}
+        cell.file.parent.mkdir(parents=True, exist_ok=True)
+        part = cell.file.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        part.replace(cell.file)
+        s = result["scores"]
+        print(f"{cell.name}: KL {s['kl']:.4f} bits {result['bits']:.3f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
+    PAGE.write_text(page(cells), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
