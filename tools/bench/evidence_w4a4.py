@@ -29,9 +29,11 @@ _CACHE_RULE = """
 [[rules]]
 sites = "*:[kv]"
 format = { name = "int", bits = 4 }
-granularity = { name = "group", size = 64 }
+granularity = "head"
 offset = "code"
+scale = "float16"
 when = "dynamic"
+window = 0
 """
 # what is stored: base recipe, and what is added to it
 SETTINGS = {"w8a8": ("rtn-w8a8", ""), "w4a8": ("rtn-w4a8", ""), "w4a4": ("rtn-w4a4", ""), "w4a4kv4": ("rtn-w4a4", _CACHE_RULE)}
@@ -151,7 +153,7 @@ def page(cells: list[Cell]) -> str:
         "is over windows.",
         "",
         "Weights are integers in groups of 64 (per channel at 8 bits), activations dynamic per token (symmetric at 8 bits, with a zero point at 4), "
-        "KV4 adds keys after RoPE and values at 4 bits in groups of 64 (one head). Embedding and head stay float. Seconds are of the whole "
+        "KV4 adds keys after RoPE and values at 4 bits per token and head. Embedding and head stay float. Seconds are of the whole "
         "quantization on shared cores (load average beside them), peak is resident memory while quantizing.",
     ]
     for model in dict.fromkeys(c.model for c in cells):

@@ -181,7 +181,7 @@ def test_where_learning_starts_leaves_the_function_alone(options):
 def test_what_was_learned_is_exact_positive_and_orthogonal_and_its_trained_form_is_its_merged_form():
     model, adapter, topology, reader, fold = decoder()
     specs, course = specs_of(topology), COURSE
-    parts = course.parts(topology, specs, {}, model, reader, [])
+    parts = course.learnables(topology, specs, {}, model, reader, [])
     assert {type(p) for p in parts} == {Turn, Stretch}
     learn(parts, course.at_run_time(topology, specs, {}, model, reader, []), topology, specs, model, reader, Lesson(BATCHES, adapter), course)
     for part in parts:
@@ -225,7 +225,7 @@ def test_free_scales_of_a_rotary_pair_break_the_function():
 def test_womi_gives_all_columns_of_the_readers_one_variance():
     model, _, topology, reader, _ = decoder()
     link = next(link for link in topology.links if link.name == "residual")
-    turn = LearnRotations().parts(topology, specs_of(topology), {}, model, reader, [])[0]
+    turn = LearnRotations().learnables(topology, specs_of(topology), {}, model, reader, [])[0]
     readers = [p for p in link.reads if p.param != "lm_head.weight"]
     rotated = torch.cat([turn.rewrite().tensor(p.param, reader[p.param], model.get_submodule(p.param.removesuffix(".weight"))) for p in readers])
     variance = rotated.var(0)
@@ -258,7 +258,7 @@ def test_learned_is_better_than_fixed_is_better_than_nothing_where_channels_are_
 def test_a_float_model_has_no_gradient_along_a_rotation_or_a_scale():
     model, adapter, topology, reader, _ = decoder()
     course = LearnRotations(loss="next-token", dtype="float32")
-    parts = course.parts(topology, specs_of(topology), {}, model, reader, [])
+    parts = course.learnables(topology, specs_of(topology), {}, model, reader, [])
     for p in parts:
         (p.matrix if isinstance(p, Turn) else p.log).requires_grad_()
     _Student(parts, Rewrite(), topology, {}, model, reader, Lesson(BATCHES, adapter), course).objective(tokens(8, 16)).backward()
@@ -299,7 +299,7 @@ def test_a_start_that_learning_does_not_beat_is_kept():
     model, adapter, topology, reader, _ = decoder()
     specs = specs_of(topology)
     course = LearnRotations(steps=3, batch=4, length=16, k=16, lr_rotation=3.0, lr_scale=3.0)
-    parts = course.parts(topology, specs, {}, model, reader, [])
+    parts = course.learnables(topology, specs, {}, model, reader, [])
     start = [p.matrix.clone() if isinstance(p, Turn) else p.log.clone() for p in parts]
     found = learn(parts, course.at_run_time(topology, specs, {}, model, reader, []), topology, specs, model, reader, Lesson(BATCHES, adapter), course)
     assert found.at == 0 and found.after == found.before and len(found.losses) == 3

@@ -72,7 +72,7 @@ class LearnRotations(Course, HadamardRotate):
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         """Where learning starts: nothing is learned without a lesson."""
         notes = foreseen(self, topology, specs, model)
-        parts = self.parts(topology, specs, seen, model, reader, notes)
+        parts = self.learnables(topology, specs, seen, model, reader, notes)
         online = self._online(parts, topology, specs, seen, model, reader, notes)
         return cut_ties(replace(compose(parts).then(online), notes=tuple(notes)), model, topology.ties)
 
@@ -86,7 +86,7 @@ class LearnRotations(Course, HadamardRotate):
         lesson: Lesson,
     ) -> Rewrite:
         notes = foreseen(self, topology, specs, model)
-        parts = self.parts(topology, specs, seen, model, reader, notes)
+        parts = self.learnables(topology, specs, seen, model, reader, notes)
         online = self._online(parts, topology, specs, seen, model, reader, notes)
         began = compose(parts)
         if parts:
@@ -99,7 +99,7 @@ class LearnRotations(Course, HadamardRotate):
         notes += _report_qsur({"float": Rewrite(), self.start: began, "learned": ended}, topology, specs, seen, model)
         return cut_ties(replace(ended.then(online), notes=tuple(notes)), model, topology.ties)
 
-    def parts(
+    def learnables(
         self,
         topology: Topology,
         specs: Mapping[Site, QuantSpec],
