@@ -82,12 +82,12 @@ def quantized(recipe: Recipe, processes: Processes | None = None, folder: Path |
 
 
 def together(count: int, recipe: Recipe, folder: Path | None = None, stream: bool = False, dies: int | None = None) -> list[Any]:
-    """What each of `count` threads returns or raises.  dies: a rank that stops before its second block"""
+    """What each of `count` threads returns or raises.  dies: a rank that stops before its third block; the first is finished by then"""
     board, results = Board(count), [None] * count
 
     def work(rank: int) -> None:
         def progress(phase: str, done: int, total: int) -> None:
-            if rank == dies and (phase, done) == ("block", 1):
+            if rank == dies and (phase, done) == ("block", 2):
                 raise ZeroDivisionError
 
         torch.set_grad_enabled(False)
@@ -128,8 +128,9 @@ def test_processes_that_stream_share_one_journal_and_resume_after_one_was_lost(t
     whole = tensors(quantized(recipe))
     first, second = together(2, recipe, tmp_path / "run", stream=True, dies=1)
     assert isinstance(first, Stopped) and isinstance(second, ZeroDivisionError)
-    assert (tmp_path / "run" / "block-00000.json").exists() and not (tmp_path / "run" / "block-00001.json").exists()
-    assert {p.name for p in (tmp_path / "run").glob("inputs-00001-*")} == {f"inputs-00001-{b:05}.safetensors" for b in range(5)}
+    done = len(list((tmp_path / "run").glob("block-*.json")))
+    assert done in (1, 2)  # the other was hit while it wrote the second, or after
+    assert {p.name for p in (tmp_path / "run").glob(f"inputs-{done:05}-*")} == {f"inputs-{done:05}-{b:05}.safetensors" for b in range(5)}
     again = together(2, recipe, tmp_path / "run", stream=True)
     own = tensors(again[0])
     for key, value in whole.items():

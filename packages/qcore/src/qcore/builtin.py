@@ -118,9 +118,9 @@ def qcore_calibrations():
 
 @hookimpl
 def qcore_tasks():
-    from qcore.evaluation import Agreement, LanguageModeling
+    from qcore.evaluation import Agreement, ImageClassification, LanguageModeling
 
-    return [LanguageModeling, Agreement]
+    return [LanguageModeling, Agreement, ImageClassification]
 
 
 @hookimpl

@@ -7,11 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from qcore.calibration.images import ImageFile
 from qcore.errors import NotFound
+from qcore.evaluation.data import ImagePair
 from qcore.model.source import LoadedModel, ModelSource, load_source
 
 DATA = Path(str(resources.files("qzoo") / "data"))
 TEXT = DATA / "text"
+FASHION = DATA / "fashion_mnist"
 
 _SMOLLM2_NOTE = ("weights are dequantized Q4_1 (the file's own format): asymmetric 4-bit group 32 would reproduce them exactly and is not reported",)
 
@@ -30,11 +33,13 @@ class Zoo(ModelSource):
         places = places_of_models()
         if name not in places:
             raise NotFound(f"the zoo has no model {name!r}; it has: {', '.join(f'zoo:{n}' for n in sorted(places)) or 'none'}")
-        if name == "tiny-repvgg":
-            folder = places[name]()[0]
-            raise NotFound(f"no installed source reads the RepVGG in {folder} yet; timm does: its record.json says how it was made")
         path, notes = places[name]()
-        loaded = load_source(str(path), _other_sources())
+        sources = _other_sources()
+        if name == "tiny-repvgg" and "timm" not in sources:
+            raise NotFound("zoo:tiny-repvgg is read by the source 'timm', which no installed plug-in brings: pip install qplug-reparam")
+        loaded = load_source(str(path), sources)
+        if name == "tiny-repvgg":
+            loaded = replace(loaded, data=_with_images(loaded.data, FASHION))
         notes = notes or loaded.notes
         reads_text = loaded.tokenizer is not None
         embeds = name == "minilm"  # it gives hidden states: there is no next token to predict
@@ -88,6 +93,12 @@ def _typeseg() -> tuple[Path, tuple[str, ...]]:
     if file is None or not file.is_file():
         raise NotFound("zoo:typeseg-mamba lives in the package typeseg (21 MB), which is not installed: pip install 'qzoo[typeseg]'")
     return file, ("labels bytes with 35 content types; it is compared with its float self, for there is no labelled text here",)
+
+
+def _with_images(pair: ImagePair, folder: Path) -> ImagePair:
+    """The same preprocessing, with the images that ship here: of the training split to calibrate on, of the test split to evaluate on."""
+    images = {name: ImageFile(folder / f"{name}.safetensors", pair.preprocessing) for name in ("calib", "eval")}
+    return replace(pair, calibration=images["calib"], evaluation=images["eval"])
 
 
 def _efficientnet() -> tuple[Path, tuple[str, ...]]:

@@ -15,12 +15,14 @@ class Opened:
 
     candidate:   for comparisons
     tokenizer, model: for windows of text;  evaluation: text that its source brings, or None
+    data:      what a model that does not read text is evaluated on, a `ModelData`; None = text
     """
 
     candidate: "Candidate"
     tokenizer: Any
     model: Any
     evaluation: Path | None
+    data: Any = None
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -47,7 +49,7 @@ def _open_float(uri: str, own: "Registry", adapter: str | None) -> Opened:
     loaded, chosen = open_model(uri, own, adapter)
     size = sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
     candidate = Candidate(loaded.name, float_forward(loaded, chosen), bytes=size, notes=loaded.notes)
-    return Opened(candidate, loaded.tokenizer, loaded.model, loaded.evaluation)
+    return Opened(candidate, loaded.tokenizer, loaded.model, loaded.evaluation, loaded.data)
 
 
 def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel: str | None = None, float_uri: str = "") -> Opened:
@@ -77,8 +79,9 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel:
         notes=tuple(report.get("model", {}).get("notes", ())),
         again=partial(_from_source, folder, model, chosen, own, float_uri) if float_uri else None,
     )
-    tokenizer = own.sources[manifest.source]().tokenizer(folder) if manifest.source in own.sources else None
-    return Opened(candidate, tokenizer, model, None)
+    source = own.sources[manifest.source]() if manifest.source in own.sources else None
+    tokenizer, data = (None, None) if source is None else (source.tokenizer(folder), source.data(folder))
+    return Opened(candidate, tokenizer, model, None, data)
 
 
 def _from_source(folder: Path, model: Any, adapter: Any, own: "Registry", float_uri: str) -> Any:

@@ -14,8 +14,10 @@ RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's na
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: solver.damp=0.05, rules.0.granularity.size=32.")
 ]
-CalibOption = Annotated[Path | None, typer.Option("--calib", metavar="FILE", help="Calibration text; without --eval its last 20 % is held out.")]
-EvalOption = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="Evaluation text.")]
+CalibOption = Annotated[
+    Path | None, typer.Option("--calib", metavar="FILE", help="Calibration text (20 % of it is held out without --eval) or images.")
+]
+EvalOption = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="Evaluation text, or images.")]
 TokensOption = Annotated[int, typer.Option("--eval-tokens", min=2, help="Tokens to evaluate on.")]
 WindowOption = Annotated[
     int | None, typer.Option("--window", min=2, help="Tokens of one evaluation window [default: 256 for tiny models, else 512].", show_default=False)

@@ -157,12 +157,17 @@ def _expected(coverage: Mapping[str, Any]) -> str:
     return f"{coverage['experts']} in {coverage['stacks']} stacks; {data}{policy}"
 
 
+def score_name(scores: Mapping[str, float]) -> str:
+    """What the task's own score is called."""
+    return "accuracy" if "accuracy" in scores else "perplexity"
+
+
 def scores_row(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """perplexity, KL, top-1 as a table shows them."""
-    ppl = f"{scores['perplexity']:.3f}" if "perplexity" in scores else "–"
+    """The task's own score (`score_name`), KL, top-1 agreement as a table shows them."""
+    own = f"{scores['perplexity']:.3f}" if "perplexity" in scores else f"{scores['accuracy']:.2%}" if "accuracy" in scores else "–"
     error = scores.get("kl_standard_error")
     kl = f"{scores['kl']:.5f}" + (f" ± {error:.5f}" if error is not None and error == error else "")
-    return ppl, kl, f"{scores['top1'] * 100:.2f} %"
+    return own, kl, f"{scores['top1'] * 100:.2f} %"
 
 
 def _shape(shape: Sequence[int]) -> str:

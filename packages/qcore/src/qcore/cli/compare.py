@@ -35,7 +35,7 @@ def compare(
 
     Example: qcore compare zoo:tiny-llama out-gptq/ out-rtn/ --attribute --plot quality.svg
     """
-    from qcore.cli._show import print_json, scores_row, show_attribution, table
+    from qcore.cli._show import print_json, score_name, scores_row, show_attribution, table
     from qcore.errors import SpecError
     from qcore.evaluation.report import megabytes
 
@@ -59,7 +59,7 @@ def compare(
         )
         for row in rows
     ]
-    table(("model", "best", "size", "bits", "perplexity", f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(2, 3, 4, 5, 6))
+    table(("model", "best", "size", "bits", score_name(rows[0].scores), f"KL from {rows[0].name}", "top-1 agreement"), lines, right=(2, 3, 4, 5, 6))
     for row in rows:
         if row.attribution is not None:
             show_attribution(row.name, row.attribution.to_dict())
@@ -96,11 +96,17 @@ def run_compare(
 
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
     first = opened[0]
-    path = text or first.evaluation
-    if path is None:
-        raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
-    length = window_length(window, first.model)
-    task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
+    task: Any
+    if first.data is not None:
+        task = first.data.chosen(None, text).task()
+        if task is None:
+            raise CalibrationError(f"{uris[0]} brings no evaluation data; pass a file with --eval")
+    else:
+        path = text or first.evaluation
+        if path is None:
+            raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
+        length = window_length(window, first.model)
+        task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
     del first
 
     def candidate(index: int) -> Any:

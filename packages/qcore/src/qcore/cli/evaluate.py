@@ -21,7 +21,7 @@ def evaluate(
 
     Example: qcore eval out/ --reference zoo:tiny-llama
     """
-    from qcore.cli._show import print_json, scores_row, table
+    from qcore.cli._show import print_json, score_name, scores_row, table
     from qcore.cli.compare import run_compare
 
     rows = run_compare([reference or model, model] if reference else [model], registry(), text, eval_tokens, window, adapter, kernel)
@@ -29,6 +29,7 @@ def evaluate(
     if as_json:
         print_json(row.to_dict())
         return
-    ppl, kl, top1 = scores_row(row.scores)
+    own, kl, top1 = scores_row(row.scores)
     against = [(f"KL from {rows[0].name}", kl), ("top-1 agreement", top1)] if reference else []
-    table(("", row.name), [("perplexity", ppl), *against, ("tokens", str(row.scores["tokens"]))])
+    amount = next(name for name in ("tokens", "images", "rows") if name in row.scores)
+    table(("", row.name), [(score_name(row.scores), own), *against, (amount, str(row.scores[amount]))])

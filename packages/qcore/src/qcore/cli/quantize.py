@@ -42,7 +42,7 @@ from qcore.processes import Alone
 
 if TYPE_CHECKING:
     from qcore.checkpoint.journal import Journal
-    from qcore.evaluation import Report, TextPair
+    from qcore.evaluation import ModelData, Report, TextPair
     from qcore.model import LoadedModel, ModelAdapter
     from qcore.plan import Plan
     from qcore.plugins import Registry
@@ -107,7 +107,8 @@ def quantize(
         with meter.during("load"):
             loaded, chosen = open_model(model, own, adapter)
         seconds = {"load": time.perf_counter() - started}
-        text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+        own_data = loaded.data is not None
+        text = loaded.data.chosen(calib, evaluation) if own_data else choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
         with progress(meter.sample) if first else silent() as report_progress:
             job = Job(
                 loaded,
@@ -186,7 +187,7 @@ class Job:
     recipe: "Recipe"
     adapter: "ModelAdapter"
     registry: "Registry"
-    text: "TextPair"
+    text: "TextPair | ModelData"
     eval_tokens: int = 4096
     window: int | None = None
     overrides: Sequence[str] = ()
@@ -224,11 +225,10 @@ def run_quantize(
     """
     from qcore.cli._run_folder import running_into
     from qcore.errors import SpecError
-    from qcore.evaluation import LanguageModeling, evaluation_windows
     from qcore.plan import make_plan
     from qcore.reporting import render
 
-    loaded, tokenizer = job.loaded, job.loaded.tokenizer
+    loaded = job.loaded
     plan = make_plan(
         loaded,
         job.recipe,
@@ -245,10 +245,7 @@ def run_quantize(
     plan.require()
     with job.timed("data"):
         batches = calibration_batches(job, streamed=plan.budget is not None and plan.budget.stream, progress=progress) if plan.needs_data else []
-        task = None
-        if job.text.evaluation is not None:
-            length = window_length(job.window, loaded.model)
-            task = LanguageModeling(evaluation_windows(job.text.evaluation, tokenizer, job.eval_tokens, length))
+        task = evaluation_task(job)
     show(plan)
     run = _Run(job, plan, batches, task, progress)
     if job.attribute and (run.stream or task is None):
@@ -434,6 +431,7 @@ def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
 
     import qcore
     from qcore.calibration.text import data_hash
+    from qcore.evaluation import inputs_of
     from qcore.model.reader import weights_fingerprint
     from qcore.recipe_file import dump
 
@@ -451,14 +449,26 @@ def content_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "dtype": str(job.loaded.dtype).removeprefix("torch."),
         "adapter": job.adapter.name,
         "recipe": dump(job.recipe),
-        "calibration": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
+        "calibration": data_hash(*(t for b in batches for t in inputs_of(b))) if batches else None,
         "threads": torch.get_num_threads(),
         "processes": job.processes.count,
         "versions": dict(sorted(versions.items())),
     }
 
 
-def has_data(recipe: "Recipe", text: "TextPair") -> bool:
+def evaluation_task(job: Job) -> Any:
+    """What the float model and the quantized one are compared on; None without evaluation data."""
+    from qcore.evaluation import LanguageModeling, TextPair, evaluation_windows
+
+    if not isinstance(job.text, TextPair):
+        return job.text.task()
+    if job.text.evaluation is None:
+        return None
+    length = window_length(job.window, job.loaded.model)
+    return LanguageModeling(evaluation_windows(job.text.evaluation, job.loaded.tokenizer, job.eval_tokens, length))
+
+
+def has_data(recipe: "Recipe", text: "TextPair | ModelData") -> bool:
     """Whether there will be calibration batches: a text, or a source that needs none."""
     source = recipe.calibration.source
     return text.calibration is not None or (source is not None and not source.needs_text())
@@ -468,9 +478,13 @@ def calibration_batches(job: Job, streamed: bool, progress: Callable[[str, int, 
     """Windows of the calibration text, or what the recipe's source makes with the float model, which is in memory only meanwhile."""
     from qcore.calibration.text import start_batches, to_batches
     from qcore.errors import CalibrationError
+    from qcore.evaluation import TextPair
     from qcore.pipeline.floats import require_finite_weights
 
-    settings, text, model = job.recipe.calibration, job.text.calibration, job.loaded.model
+    settings, model = job.recipe.calibration, job.loaded.model
+    if not isinstance(job.text, TextPair):
+        return job.text.batches(settings)
+    text = job.text.calibration
     if settings.source is None:
         return list(text.batches(job.loaded.tokenizer, settings)) if text else []
     windows = settings.source.kept(model, settings)
@@ -502,6 +516,7 @@ def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
     import torch
 
     from qcore.calibration.text import data_hash
+    from qcore.evaluation import inputs_of
     from qcore.model.reader import weights_fingerprint
     from qcore.recipe_file import dump
 
@@ -513,7 +528,7 @@ def record_of(job: Job, batches: Sequence[Any]) -> dict[str, Any]:
         "recipe": job.recipe.name,
         "toml": dump(job.recipe),
         "seed": job.recipe.calibration.seed,
-        "calibration_sha256": data_hash(*(b["input_ids"] for b in batches)) if batches else None,
+        "calibration_sha256": data_hash(*(t for b in batches for t in inputs_of(b))) if batches else None,
     }
 
 
@@ -522,7 +537,7 @@ def proof_batches(task: Any, batches: Sequence[Any], tokenizer: Any) -> list[Any
     import torch
 
     if task is not None:
-        return [{"input_ids": task.windows[:1]}]
+        return [task.sample()]
     if batches:
         return [batches[0]]
     return [{"input_ids": torch.arange(1, 17).unsqueeze(0)}] if tokenizer is not None else []
@@ -563,7 +578,6 @@ def make_report(
     import torch
 
     import qcore
-    from qcore.calibration.text import data_hash
     from qcore.evaluation.report import Report, SiteRow
     from qcore.recipe_file import dump
 
@@ -588,8 +602,7 @@ def make_report(
         recipe={"name": job.recipe.name, "overrides": list(job.overrides), "toml": dump(job.recipe)},
         data={
             "note": job.text.note(calibrated=bool(batches), source=job.recipe.calibration.source.name if job.recipe.calibration.source else ""),
-            "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash, job.recipe.calibration.source),
-            "evaluation": _data(job.text.evaluation, [task.windows] if task is not None else [], data_hash),
+            **_data_record(job, batches, task),
         },
         size={
             "before_bytes": plan.bytes_before,
@@ -617,6 +630,19 @@ def make_report(
         histograms=histograms,
         attribution=attribution,
     )
+
+
+def _data_record(job: Job, batches: Sequence[Any], task: Any) -> Mapping[str, Any]:
+    """How much calibration and evaluation data there was, of what, and its sha256."""
+    from qcore.calibration.text import data_hash
+    from qcore.evaluation import TextPair
+
+    if not isinstance(job.text, TextPair):
+        return job.text.record(batches, task)
+    return {
+        "calibration": _data(job.text.calibration, [b["input_ids"] for b in batches], data_hash, job.recipe.calibration.source),
+        "evaluation": _data(job.text.evaluation, [task.windows] if task is not None else [], data_hash),
+    }
 
 
 def _data(text: Any, windows: Sequence[Any], digest: Callable[..., str], source: Any = None) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from qcore.evaluation.attribution import Attribution, FloatAgain, ModuleCost, attribute
 from qcore.evaluation.compare import Candidate, Row, compare, pareto, part_of
-from qcore.evaluation.data import TextPair, choose_text, default_window, evaluation_windows
+from qcore.evaluation.data import ImagePair, ModelData, TextPair, choose_text, default_window, evaluation_windows, inputs_of
+from qcore.evaluation.images import ImageClassification
 from qcore.evaluation.memory import MemoryMeter
 from qcore.evaluation.report import Report, read_report
 from qcore.evaluation.store import Reference
@@ -13,8 +14,11 @@ __all__ = [
     "Attribution",
     "Candidate",
     "FloatAgain",
+    "ImageClassification",
+    "ImagePair",
     "LanguageModeling",
     "MemoryMeter",
+    "ModelData",
     "ModuleCost",
     "Reference",
     "Report",
@@ -26,6 +30,7 @@ __all__ = [
     "compare",
     "default_window",
     "evaluation_windows",
+    "inputs_of",
     "pareto",
     "part_of",
     "read_report",

@@ -123,7 +123,10 @@ def _quality_lines(scores: Mapping[str, float]) -> list[tuple[str, str, str]]:
         before, after = scores["perplexity_reference"], scores["perplexity"]
         lines.append(("perplexity", f"{before:.3f}", f"{after:.3f} ({(after / before - 1) * 100:+.2f} %)"))
     if "accuracy" in scores:
-        lines.append(("accuracy", f"{scores['accuracy_reference']:.2%}", f"{scores['accuracy']:.2%}"))
+        change = scores["accuracy"] - scores["accuracy_reference"]
+        error = scores.get("accuracy_change_standard_error", math.nan)
+        sure = "" if math.isnan(error) else f" ± {100 * error:.2f}"
+        lines.append(("accuracy", f"{scores['accuracy_reference']:.2%}", f"{scores['accuracy']:.2%} ({100 * change:+.2f}{sure} points)"))
     error = scores.get("kl_standard_error", math.nan)
     lines.append(("KL divergence", "0", f"{scores['kl']:.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")))
     lines.append(("top-1 agreement", "100 %", f"{scores['top1'] * 100:.2f} %"))

@@ -32,6 +32,9 @@ class Task(Protocol):
     def data(self) -> str:
         """sha256 of the data."""
 
+    def sample(self) -> Batch:
+        """One small batch: a checkpoint is proved on it."""
+
     def reference(self, forward: Forward, folder: Path, progress: Progress | None = None) -> Reference:
         """Run the float model once, and keep its outputs in `folder`."""
 
@@ -63,20 +66,23 @@ class LanguageModeling:
     def data(self) -> str:
         return data_hash(self.windows)
 
+    def sample(self) -> Batch:
+        return {"input_ids": self.windows[:1]}
+
     def reference(self, forward: Forward, folder: Path, progress: Progress | None = None) -> Reference:
         rows = len(self.windows) * (self.windows.shape[1] - 1)
-        return write_reference(folder, _each(self._outputs(forward), "float model", len(self.windows), progress), rows, self.data(), self.largest)
+        return write_reference(folder, counted(self._outputs(forward), "float model", len(self.windows), progress), rows, self.data(), self.largest)
 
     def evaluate(self, forward: Forward, reference: Reference, progress: Progress | None = None) -> Scores:
-        _same_data(self, reference)
+        same_data(self, reference)
         distance, rows = Distance(), self.windows.shape[1] - 1
         if int(self.windows.max()) >= reference.classes:
             raise QcoreError(
                 f"the text holds token {int(self.windows.max())}, but the model gives {reference.classes} values for each: these are no logits over "
                 "a vocabulary, and it cannot be judged as a language model; leave out --eval, and evaluate it by a task of its own"
             )
-        for i, logits in enumerate(_each(self._outputs(forward), "evaluate", len(self.windows), progress)):
-            _check(logits, reference, f"window {i}")
+        for i, logits in enumerate(counted(self._outputs(forward), "evaluate", len(self.windows), progress)):
+            check_outputs(logits, reference, f"window {i}")
             distance.add(reference.read(i * rows, (i + 1) * rows), logits, self.windows[i, 1:])
         return {
             "perplexity": perplexity(distance.nll.mean),
@@ -123,17 +129,20 @@ class Agreement:
             raise QcoreError(f"{len(self.batches)} batches, but labels for {len(self.labels)}")
 
     def data(self) -> str:
-        return data_hash(*(t for batch in self.batches for t in _tensors(batch)))
+        return data_hash(*(t for batch in self.batches for t in tensors_of(batch)))
+
+    def sample(self) -> Batch:
+        return self.batches[0]
 
     def reference(self, forward: Forward, folder: Path, progress: Progress | None = None) -> Reference:
-        outputs = [o.cpu() for o in _each(self._outputs(forward), "float model", len(self.batches), progress)]
+        outputs = [o.cpu() for o in counted(self._outputs(forward), "float model", len(self.batches), progress)]
         return write_reference(folder, outputs, sum(map(len, outputs)), self.data(), self.largest)
 
     def evaluate(self, forward: Forward, reference: Reference, progress: Progress | None = None) -> Scores:
-        _same_data(self, reference)
+        same_data(self, reference)
         distance, at = Distance(), 0
-        for i, logits in enumerate(_each(self._outputs(forward), "evaluate", len(self.batches), progress)):
-            _check(logits, reference, f"batch {i}")
+        for i, logits in enumerate(counted(self._outputs(forward), "evaluate", len(self.batches), progress)):
+            check_outputs(logits, reference, f"batch {i}")
             targets = None if self.labels is None else self.labels[i].reshape(-1)
             distance.add(reference.read(at, at + len(logits)), logits, targets)
             at += len(logits)
@@ -160,19 +169,22 @@ def run_each(forward: Forward, batches: Iterable[Batch]) -> Iterable[Tensor]:
     return each(batches) if callable(each) else map(forward, batches)
 
 
-def _each(outputs: Iterable[Tensor], phase: str, total: int, progress: Progress | None) -> Iterable[Tensor]:
+def counted(outputs: Iterable[Tensor], phase: str, total: int, progress: Progress | None) -> Iterable[Tensor]:
+    """The outputs as they come, each reported."""
     for i, output in enumerate(outputs, 1):
         yield output
         if progress is not None:
             progress(phase, i, total)
 
 
-def _same_data(task: Task, reference: Reference) -> None:
+def same_data(task: Task, reference: Reference) -> None:
+    """QcoreError where the reference was made on other data."""
     if (own := task.data()) != reference.data:
         raise QcoreError(f"the reference in {reference.folder} is of other data ({reference.data[:12]}…, this task has {own[:12]}…); make it anew")
 
 
-def _check(logits: Tensor, reference: Reference, where: str) -> None:
+def check_outputs(logits: Tensor, reference: Reference, where: str) -> None:
+    """QcoreError where outputs are no numbers, or of another number of classes than the float model\'s."""
     if logits.shape[-1] != reference.classes:
         raise QcoreError(f"the model gives {logits.shape[-1]} classes, its float reference {reference.classes}; they are not the same model")
     if not torch.isfinite(logits).all():
@@ -182,12 +194,13 @@ def _check(logits: Tensor, reference: Reference, where: str) -> None:
         )
 
 
-def _tensors(batch: Batch) -> Iterable[Tensor]:
+def tensors_of(batch: Batch) -> Iterable[Tensor]:
+    """All tensors of a batch, those of a dict in the order of its keys."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, dict):
         for key in sorted(batch):
-            yield from _tensors(batch[key])
+            yield from tensors_of(batch[key])
     elif isinstance(batch, (list, tuple)):
         for item in batch:
-            yield from _tensors(item)
+            yield from tensors_of(item)

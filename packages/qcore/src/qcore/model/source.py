@@ -27,6 +27,7 @@ class LoadedModel:
     notes:     what every table about this model must say, such as "weights are dequantized Q4_1"
     source:    name of the ModelSource; stands in a checkpoint's manifest, and its `skeleton` rebuilds the model there; "" = the user must pass one
     calibration, evaluation: files of data (text) that the source brings along
+    data:      for models that do not read text: what they are calibrated and evaluated on, a `qcore.evaluation.ModelData`; None = text
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     calibration: Path | None = None
     evaluation: Path | None = None
+    data: Any = None
 
 
 class ModelSource(Protocol):
@@ -65,6 +67,10 @@ class ModelSource(Protocol):
 
     def tokenizer(self, folder: Path) -> Any:
         """What `write_companions` put into a checkpoint to encode text: an object as `LoadedModel.tokenizer`, or None."""
+        return None
+
+    def data(self, folder: Path) -> Any:
+        """What a checkpoint's model is evaluated on, as `LoadedModel.data`, or None where it reads text."""
         return None
 
 
