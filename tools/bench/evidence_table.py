@@ -176,7 +176,8 @@ def write(cells: Path) -> None:
         "",
         "More: [state-space models](ssm.md), [mixtures of experts](moe.md), [convolutional networks](cnn.md), "
         "[re-parameterised networks](reparam.md), [kernels](kernels.md), "
-        "[selection of samples](selection.md), [solvers and mixed precision](solvers.md).",
+        "[selection of samples](selection.md), [solvers and mixed precision](solvers.md), "
+        "[quantized activations and caches](w4a4.md).",
         "",
         "![KL divergence against size](quality.svg)",
         "",

@@ -17,9 +17,9 @@ def qcore_formats():
 
 @hookimpl
 def qcore_observers():
-    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Spikes
+    from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Moments, Percentile, Rows, Sample, Spikes
 
-    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Spikes]
+    return [Gram, Moments, AbsMax, MinMax, Ema, Histogram, Percentile, MSE, KL, Rows, Sample, Spikes]
 
 
 @hookimpl
@@ -31,13 +31,26 @@ def qcore_transforms():
         FoldNorm,
         HadamardRotate,
         IfBeneficial,
+        LearnRotations,
         LowRank,
         Reorder,
         SmoothQuant,
         SplitColumns,
     )
 
-    return [FoldBatchNorm, FoldNorm, SmoothQuant, AWQScale, HadamardRotate, Reorder, CrossLayerEqualize, SplitColumns, LowRank, IfBeneficial]
+    return [
+        FoldBatchNorm,
+        FoldNorm,
+        SmoothQuant,
+        AWQScale,
+        HadamardRotate,
+        LearnRotations,
+        Reorder,
+        CrossLayerEqualize,
+        SplitColumns,
+        LowRank,
+        IfBeneficial,
+    ]
 
 
 @hookimpl
@@ -65,14 +78,14 @@ def qcore_allocators():
 def qcore_modules():
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
-    from qcore.modules.hadamard import OnlineHadamard
+    from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
     from qcore.modules.kv_cache import KVCache
     from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
+    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, HeadHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
 
 
 @hookimpl

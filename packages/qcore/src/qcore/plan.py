@@ -31,6 +31,7 @@ from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
 from qcore.plugins import Registry
 from qcore.recipe import Recipe, resolve_scale
+from qcore.transforms.base import LearnedTransform
 
 # matrix products of a small machine; the estimate says so
 ASSUMED_FLOPS = 5e10
@@ -501,6 +502,7 @@ class _Planner:
                 wants = transform.wants(topology, self.specs)
                 watched |= {s for s, observers in wants.items() if observers}
                 links |= {link.name: link for link in topology.links if any(p.axis == "in" and _site_of(p.param).input in wants for p in link.reads)}
+                self._foresee(transform, topology)
             uses.append(TransformUse(repr(transform), len(watched), tuple(links)))
             touched = {p.param for link in links.values() for p in link.ports}
             for group in self.groups:
@@ -511,6 +513,17 @@ class _Planner:
                         f"they may become two tensors, which adds {size / 1e6:.1f} MB"
                     )
         return tuple(uses)
+
+    def _foresee(self, transform: Any, topology: Topology) -> None:
+        """What a transform knows beforehand that it will not do, and whether it needs the whole float model."""
+        name = f"transform {transform.name!r}"
+        if callable(foresee := getattr(transform, "foresee", None)):
+            try:
+                self.notes += [f"{name}: {note}" for note in foresee(topology, self.specs, self.model)]
+            except SpecError as e:
+                self.problems.append(f"{name}: {e}")
+        if self.stream and isinstance(transform, LearnedTransform):
+            self.notes.append(f"{name} learns through the whole float model, which it holds in memory although the run is streamed")
 
     def _left_float(self) -> dict[str, str]:
         of_param: dict[str, list[Site]] = {}

@@ -53,6 +53,7 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     assert report["recipe"]["name"] == "w4a16-gptq" and "calibration.samples=8" in report["recipe"]["overrides"]
     assert 'name = "gptq"' in report["recipe"]["toml"] and "samples = 8" in report["recipe"]["toml"]
     scores = report["quality"]["scores"]
+    assert report["kl"] == scores["kl"]
     assert scores["tokens"] == 8 * 63 and scores["kl"] > 0 and scores["perplexity"] > 1
     assert report["quality"]["reference_precision"] == "float32"
     assert report["size"]["effective_bits"] == pytest.approx(8 * 2304 / 64**2)

@@ -16,6 +16,7 @@ from qcore.calibration.observers import (
     Spikes,
     StreamingObserver,
 )
+from qcore.calibration.sample import Sample
 from qcore.calibration.selectors import Selector
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Percentile",
     "RowCount",
     "Rows",
+    "Sample",
     "Seen",
     "Selector",
     "Spikes",

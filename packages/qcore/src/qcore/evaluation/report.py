@@ -47,7 +47,7 @@ class Report:
     recipe:  name, overrides, and the whole recipe as TOML
     data:    a sentence; tokens, windows and sha256 of calibration and evaluation data
     size:    before_bytes and after_bytes of all weights as stored; effective_bits per quantized weight and quantized_values
-    quality: the task's name and its scores, the float model's beside; None where there was no data to evaluate on
+    quality: the task's name and its scores, the float model's beside; None where there was no data.  report.json has its KL as "kl" too
     sites:   one row per quantized weight;  left_float: parameter → why it was left float
     refused: axis of a weight → why no transform may touch it: the family's structure, as far as it could be followed
     seconds: by step of the command;  phases: inside the quantization (some contain others);  memory: bytes, see `MemoryMeter`
@@ -85,7 +85,8 @@ class Report:
         """JSON-ready, keys in one order."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own["sites"] = [asdict(row) for row in self.sites]
-        return {"schema": SCHEMA, "kernels": self.kernels, **finite(own)}
+        kl = None if self.quality is None else self.quality["scores"].get("kl")
+        return {"schema": SCHEMA, "kl": finite(kl), "kernels": self.kernels, **finite(own)}
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

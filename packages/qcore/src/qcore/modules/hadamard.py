@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.errors import SpecError
+from qcore.model.tap import Tap
 from qcore.numbers.hadamard import core_size, padded_size, transform
 
 
@@ -41,3 +42,33 @@ class OnlineHadamard(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         return cls(config["size"], config["padded"])
+
+
+class HeadHadamard(Tap):
+    """Rotate every head of a tapped tensor [..., H·D] by the same Hadamard matrix, in blocks where D has none.
+
+    At both q and k, after the rotary embedding, the scores stay: (qR)(kR)ᵀ = qkᵀ, and what a key cache stores has no outlying channels.
+
+    size:  D, channels of one head
+    block: of the matrix, a divisor of D
+    """
+
+    name: ClassVar[str] = "head-hadamard"
+
+    def __init__(self, size: int, block: int | None = None) -> None:
+        super().__init__()
+        self.size, self.block = size, size if block is None else block
+        if core_size(self.block) is None or size % self.block:
+            raise SpecError(f"no Hadamard matrix of size {self.block} fills heads of {size} channels; choose a divisor that has one")
+
+    def forward(self, x: Tensor, rows: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        if x.shape[-1] % self.size:
+            raise SpecError(f"heads of {self.size} channels do not divide the {x.shape[-1]} that came")
+        return transform(x.unflatten(-1, (-1, self.block))).flatten(-2)
+
+    def config(self) -> dict[str, Any]:
+        return {"size": self.size, "block": self.block}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(config["size"], config["block"])

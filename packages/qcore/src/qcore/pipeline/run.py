@@ -36,7 +36,7 @@ from qcore.pipeline.wishes import Wishes
 from qcore.processes import Alone, Processes
 from qcore.recipe import Recipe, Rule
 from qcore.solvers.rtn import nearest_like
-from qcore.transforms.base import Transform
+from qcore.transforms.base import LearnedTransform, Lesson, Transform
 from qcore.transforms.rewrite import Rewrite, rewritten_topology
 
 
@@ -107,7 +107,7 @@ class _Run:
             what = f"block solver {recipe.block_solver.name!r}" if recipe.block_solver is not None else f"allocator {recipe.allocator.name!r}"  # type: ignore[union-attr]
             raise CalibrationError(f"{what} looks at all calibration batches, and {processes.count} processes would share them; start one process")
         self.loaded, self.registry, self.processes = loaded, registry, processes
-        self.batches = processes.own(batches)
+        self.lessons, self.batches = batches, processes.own(batches)
         self.batch_numbers = processes.own(range(len(batches)))
         self.progress, self.journal, self.stream, self.keep = progress, journal, stream, keep
         self.model = loaded.model.eval()
@@ -159,7 +159,7 @@ class _Run:
             topology = rewritten_topology(self.topology, self.skeleton.rewrite)
             wants = _counted(transform.wants(topology, self.wishes.specs))
             seen = self._observe_model(wants) if wants else {}
-            self._fit(transform, topology, seen)
+            self._fit(transform, topology, seen, f"learned-{i}")
         if self.journal:
             self.journal.keep_step("rewrite", *self.skeleton.rewrite.state())
 
@@ -316,9 +316,18 @@ class _Run:
             # the block's weights are kept as they are stored; the rewrite is kept for those who want the float ones again
             self.journal.keep_step(_own_rewrite(index), *own.state())
 
-    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen]) -> Rewrite:
-        """Fit one transform, in process 0 alone: what comes out must be the same in all to the last digit."""
-        found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader) if self.processes.rank == 0 else None
+    def _fit(self, transform: Transform, topology: Topology, seen: Mapping[Site, Seen], page: str = "") -> Rewrite:
+        """Fit one transform, in process 0 alone: what comes out must be the same in all to the last digit.
+
+        page: where one of scope "model" that learns, from the batches of all processes, keeps its state
+        """
+        found: Rewrite | None = None
+        if self.processes.rank == 0 and page and isinstance(transform, LearnedTransform):
+            self.skeleton.install("")
+            lesson = Lesson(self.lessons, self.adapter, self.progress, self.journal, page)
+            found = transform.learn(topology, self.wishes.specs, seen, self.model, self.skeleton.reader, lesson)
+        elif self.processes.rank == 0:
+            found = transform.fit(topology, self.wishes.specs, seen, self.model, self.skeleton.reader)
         if self.processes.count > 1:
             found = Rewrite.from_state(*self.processes.agreed(None if found is None else found.state()))
         assert found is not None

@@ -8,11 +8,10 @@ from torch import nn
 from qcore.errors import at
 from qcore.model.reader import TensorReader, materialize_outside, release, release_outside, retie, tied_groups
 from qcore.model.source import LoadedModel
-from qcore.model.tap import attach
 from qcore.model.topology import Topology, within
 from qcore.modules.online import Online
 from qcore.pipeline.views import LiveReader, Owners, round_parameters
-from qcore.transforms.apply import build_insert
+from qcore.transforms.apply import attach_taps, build_insert
 from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
 
 
@@ -72,13 +71,15 @@ class Skeleton:
         if self.installed.get(path) is insert:
             return
         self.installed[path] = insert
+        if insert.place.startswith("tap:"):
+            with at(path):
+                attach_taps(self.model.get_submodule(path), insert, self.registry.modules)
+            return
         with at(path):
             module = build_insert(insert, self.registry.modules).eval()
         if insert.place == "before":
             self.model.set_submodule(path, Online(self.model.get_submodule(path), module))
             self._wrapped.add(path)
-        elif insert.place == "instead":
+        else:
             self.owners.replaced[path] = self.model.get_submodule(path)
             self.model.set_submodule(path, module)
-        else:
-            attach(self.model.get_submodule(path), insert.place.removeprefix("tap:"), module)  # type: ignore[arg-type]

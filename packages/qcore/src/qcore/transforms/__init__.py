@@ -2,11 +2,12 @@
 
 from qcore.transforms.apply import apply_rewrite, place_inserts, rewritten_tensors
 from qcore.transforms.awq import AWQScale
-from qcore.transforms.base import Transform
+from qcore.transforms.base import LearnedTransform, Lesson, Transform
 from qcore.transforms.benefit import Benefit, IfBeneficial, benefit
 from qcore.transforms.equalize import CrossLayerEqualize
 from qcore.transforms.fold_batchnorm import FoldBatchNorm
 from qcore.transforms.fold_norm import FoldNorm
+from qcore.transforms.learn_rotations import LearnRotations
 from qcore.transforms.low_rank import LowRank
 from qcore.transforms.permute import Reorder
 from qcore.transforms.rewrite import Rewrite, RewrittenReader, hadamard_link, permute_link, rewritten_topology, rotate_link, scale_link
@@ -22,6 +23,9 @@ __all__ = [
     "FoldNorm",
     "HadamardRotate",
     "IfBeneficial",
+    "LearnRotations",
+    "LearnedTransform",
+    "Lesson",
     "LowRank",
     "Reorder",
     "Rewrite",

@@ -11,13 +11,13 @@ from qcore.errors import NotFound
 from qcore.model.adapter import tied_names
 from qcore.model.reader import DictReader, TensorReader
 from qcore.model.tap import attach
-from qcore.modules.hadamard import OnlineHadamard
+from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
 from qcore.modules.leaves import FLOAT_LEAVES, Nothing
 from qcore.modules.online import Online
 from qcore.modules.sum import Sum
 from qcore.transforms.rewrite import Insert, Rewrite, RewrittenReader
 
-_INSERTABLE: tuple[type[Any], ...] = (OnlineHadamard, Sum, Nothing, *FLOAT_LEAVES)
+_INSERTABLE: tuple[type[Any], ...] = (OnlineHadamard, HeadHadamard, Sum, Nothing, *FLOAT_LEAVES)
 INSERTABLE: Mapping[str, type[Any]] = {cls.name: cls for cls in _INSERTABLE}
 
 
@@ -40,13 +40,20 @@ def place_inserts(model: nn.Module, rewrite: Rewrite, modules: Mapping[str, type
     A leaf with a module before it is wrapped (`Online`), which puts ".leaf" into its parameters' names: see `live_name`.
     """
     for path, insert in rewrite.inserts.items():
+        if insert.place.startswith("tap:"):
+            attach_taps(model.get_submodule(path), insert, modules)
+            continue
         module = build_insert(insert, modules).train(model.training)
         if insert.place == "before":
             model.set_submodule(path, Online(model.get_submodule(path), module))
-        elif insert.place == "instead":
-            model.set_submodule(path, module)
         else:
-            attach(model.get_submodule(path), insert.place.removeprefix("tap:"), module)  # type: ignore[arg-type]
+            model.set_submodule(path, module)
+
+
+def attach_taps(module: nn.Module, insert: Insert, modules: Mapping[str, type[Any]] | None = None) -> None:
+    """Attach a module of its own to every tap that the insert names, in place."""
+    for tensor in insert.place.removeprefix("tap:").split(","):
+        attach(module, tensor, build_insert(insert, modules).train(module.training))  # type: ignore[arg-type]
 
 
 def live_name(rewrite: Rewrite, name: str) -> str:

@@ -1,11 +1,13 @@
 """What a transform is: it finds a function-preserving rewrite, and touches no weight itself."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer, Seen
+from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.reader import TensorReader
 from qcore.model.topology import Site, Topology
 from qcore.numbers import QuantSpec
@@ -38,3 +40,44 @@ class Transform(Protocol):
         specs:    what the recipe wishes to store, for sites of weights and of activations
         model:    for module types and layouts; its parameters may be on meta, weights come from `reader` (earlier transforms applied)
         """
+
+
+class Notebook(Protocol):
+    """Where a step keeps what it has found so far; `checkpoint.journal.Journal` is one."""
+
+    def step(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+    def keep_step(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a transform learns from, beside the weights.
+
+    batches:  calibration batches, as the adapter takes them
+    adapter:  runs the model
+    progress: called with (phase, done, total)
+    notebook: keeps what was learned so far under the name `page`, so that an interrupted run goes on; None = nothing is kept
+    """
+
+    batches: Sequence[Batch]
+    adapter: ModelAdapter
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    notebook: Notebook | None = None
+    page: str = "learned"
+
+
+@runtime_checkable
+class LearnedTransform(Protocol):
+    """A transform that runs the whole model to find its rewrite: `learn` is called in place of `fit`."""
+
+    def learn(
+        self,
+        topology: Topology,
+        specs: Mapping[Site, QuantSpec],
+        seen: Mapping[Site, Seen],
+        model: nn.Module,
+        reader: TensorReader,
+        lesson: Lesson,
+    ) -> Rewrite:
+        """As `Transform.fit`.  model: earlier inserts are in place; its parameters may be on meta"""

@@ -125,7 +125,7 @@ class Insert:
 
     place: "before": it transforms the input of the leaf at the path (an online rotation);
            "instead": it takes the place of the module at the path (S-SiLU, a sum of two leaves whose parameters are derived from the one's);
-           "tap:<tensor>": it handles that tap of the module at the path
+           "tap:<tensor>": it handles that tap of the module at the path; "tap:q,k": each of these taps has one of its own
     """
 
     module: ModuleConfig
@@ -206,19 +206,20 @@ class Rewrite:
         """The parameter of the original model from which `name` is made."""
         return self.derived.get(name, name)
 
-    def tensor(self, name: str, w: Tensor, module: nn.Module) -> Tensor:
+    def tensor(self, name: str, w: Tensor, module: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
         """The rewritten parameter.
 
         name:   full name; for derived parameters the new one
         w:      the original parameter `self.source(name)`, any float dtype
         module: the owner of the parameter (`owner_of`), for its layout; its own weights are not looked at
-        return: float64 when anything was edited, else `w` itself
+        dtype:  what it is computed in; learners take float32, all that is stored takes the default
+        return: of that dtype when anything was edited, else `w` itself
         """
         edits = self.edits.get(name, ())
         if not edits:
             return w
         own = self._own(name, module)
-        value = _own_double(w)
+        value = _own_copy(w, dtype)
         for edit in edits:
             value = _apply(edit, value, module, own)
         return value
@@ -229,7 +230,7 @@ class Rewrite:
         SpecError where an edit put a value in the parameter's place: that has no inverse.
         """
         own = self._own(name, module)
-        value = _own_double(w)
+        value = _own_copy(w, torch.float64)
         for edit in reversed(self.edits.get(name, ())):
             if isinstance(edit, Put):
                 raise SpecError(f"{name} was replaced as a whole; there is no way back to the original")
@@ -336,9 +337,9 @@ def _port_from_dict(d: Mapping[str, Any]) -> Port:
 
 def _apply(edit: Edit, value: Tensor, module: nn.Module, own: str) -> Tensor:
     if isinstance(edit, Put):
-        return edit.value.double()
+        return edit.value.to(value.dtype)
     if isinstance(edit, Shift):
-        return value + edit.by.double()
+        return value + edit.by.to(value.dtype)
     return _on_channels(edit, value, module, own, edit.apply)
 
 
@@ -356,9 +357,9 @@ def _on_channels(edit: Edit, value: Tensor, module: nn.Module, own: str, change:
     raise SpecError(f"{port}: one part of a stack cannot change its size; the others keep theirs")
 
 
-def _own_double(w: Tensor) -> Tensor:
-    """`w` in float64, in memory of its own."""
-    return w.clone() if w.dtype is torch.float64 else w.double()
+def _own_copy(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """`w` in this dtype, in memory of its own."""
+    return w.to(dtype, copy=True)
 
 
 def _on_slices(port: Port, channels: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
