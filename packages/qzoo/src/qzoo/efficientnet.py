@@ -17,6 +17,8 @@ from qcore.model.reader import DictReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
 from torch import Tensor, nn
 
+from qzoo.images import Photographs
+
 _KIND = "efficientnet-lite0"
 _STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
 SIDE = 224
@@ -123,6 +125,7 @@ class EfficientNetLiteFile(ModelSource):
             dtype=torch.float32,
             source=self.name,
             write_companions=write,
+            data=Photographs(),
             notes=("there is no labelled ImageNet here: it is compared with its float self, on photographs of the package scikit-image",),
         )
 

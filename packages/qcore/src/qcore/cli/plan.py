@@ -47,14 +47,14 @@ def plan(
     from qcore.budget import parse_bytes
     from qcore.cli._show import print_json, show_plan
     from qcore.cli.quantize import has_data
-    from qcore.evaluation.data import choose_text
+    from qcore.evaluation.data import choose_data
     from qcore.plan import make_plan
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
     wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
     loaded, chosen = open_model(model, own, adapter)
-    text = choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+    text = choose_data(loaded, calib, evaluation)
     made = make_plan(
         loaded,
         wanted,

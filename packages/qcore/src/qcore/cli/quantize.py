@@ -86,7 +86,7 @@ def quantize(
     from qcore.cli._progress import progress, silent
     from qcore.cli._run_folder import check_target, run_folder
     from qcore.cli._show import print_json, remark, show_plan, show_report
-    from qcore.evaluation import MemoryMeter, choose_text
+    from qcore.evaluation import MemoryMeter, choose_data
     from qcore.processes import of_this_run
     from qcore.recipe_file import load_recipe
 
@@ -107,8 +107,7 @@ def quantize(
         with meter.during("load"):
             loaded, chosen = open_model(model, own, adapter)
         seconds = {"load": time.perf_counter() - started}
-        own_data = loaded.data is not None
-        text = loaded.data.chosen(calib, evaluation) if own_data else choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+        text = choose_data(loaded, calib, evaluation)
         with progress(meter.sample) if first else silent() as report_progress:
             job = Job(
                 loaded,

@@ -87,7 +87,7 @@ def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | N
     from qcore.cli._progress import progress
     from qcore.cli.quantize import Job, run_quantize
     from qcore.errors import CheckpointError
-    from qcore.evaluation import choose_text
+    from qcore.evaluation import choose_data
     from qcore.recipe_file import parse_recipe
 
     record = Manifest.read(folder).record
@@ -95,7 +95,7 @@ def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | N
         raise CheckpointError(f"{folder} does not record how it was made ({', '.join(missing)} is missing); it was written by an older qcore")
     loaded, adapter = open_model(model or str(record["model"]), own, None)
     recipe = parse_recipe(str(record["toml"]), own, str(record["recipe"]))
-    text = replace(choose_text(calib, evaluation, loaded.calibration, loaded.evaluation), evaluation=None)
+    text = replace(choose_data(loaded, calib, evaluation), evaluation=None)
     torch.set_num_threads(int(record["threads"]))
     job = Job(loaded, recipe, adapter, own, text, uri=str(record["model"]))
     with tempfile.TemporaryDirectory() as scratch, progress() as report:

@@ -2,7 +2,7 @@
 
 from qcore.evaluation.attribution import Attribution, FloatAgain, ModuleCost, attribute
 from qcore.evaluation.compare import Candidate, Row, compare, pareto, part_of
-from qcore.evaluation.data import ImagePair, ModelData, TextPair, choose_text, default_window, evaluation_windows, inputs_of
+from qcore.evaluation.data import ImagePair, ModelData, TextPair, choose_data, choose_text, default_window, evaluation_windows, inputs_of
 from qcore.evaluation.images import ImageClassification
 from qcore.evaluation.memory import MemoryMeter
 from qcore.evaluation.report import Report, read_report
@@ -26,6 +26,7 @@ __all__ = [
     "Task",
     "TextPair",
     "attribute",
+    "choose_data",
     "choose_text",
     "compare",
     "default_window",

@@ -174,6 +174,13 @@ class ImagePair:
         return {"file": file.path.name, "images": count, "shape": list(shape), "sha256": digest()}
 
 
+def choose_data(loaded: Any, calib: Path | None, evaluation: Path | None) -> Any:
+    """The data of a run: what the model's source brings (a `ModelData`), or texts; the user's own files come first.  loaded: a `LoadedModel`"""
+    if loaded.data is not None:
+        return loaded.data.chosen(calib, evaluation)
+    return choose_text(calib, evaluation, loaded.calibration, loaded.evaluation)
+
+
 def _named(file: ImageFile | None) -> str:
     assert file is not None
     return f"images of {file.path.parent.name}/{file.path.name}"
