@@ -8,6 +8,7 @@ the order in which floating-point sums are taken.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,7 +73,8 @@ class Together(Processes):
         try:
             dist.all_gather_object(everything, own)
         except RuntimeError as e:
-            raise Stopped(f"process {self.rank} of {self.count} lost the others: one of them ended ({str(e).splitlines()[0][:120]})") from e
+            why = re.sub(r"^\[[^\]]*\]\s*", "", str(e).splitlines()[0]).partition(". ")[0]  # without the place in gloo's source
+            raise Stopped(f"process {self.rank} of {self.count} lost the others: one of them ended ({why})") from e
         return everything
 
     def part(self) -> None:
