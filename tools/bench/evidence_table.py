@@ -164,7 +164,7 @@ def write(cells: Path) -> None:
     """Write README.md and quality.svg beside the folder of cells."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for model in ("tiny-llama", "smollm2-135m"):
-        own = [json.loads(f.read_text()) for f in sorted((cells / model).glob("*.json"))]
+        own = [json.loads(f.read_text()) for f in sorted((cells / model).glob("w[0-9]-*.json"))]
         if own:
             tables[model] = own
     lines = [

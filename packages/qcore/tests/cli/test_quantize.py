@@ -46,7 +46,7 @@ def test_the_report_has_one_schema_and_says_what_was_measured(run, pretend, tmp_
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert done.json == report and report["schema"] == 1
     assert list(report) == [
-        "schema", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "refused", "coverage", "seconds", "phases",
+        "schema", "kl", "kernels", "model", "recipe", "data", "size", "quality", "sites", "left_float", "refused", "coverage", "seconds", "phases",
         "memory", "proof",
         "versions", "threads", "histograms", "attribution",
     ]  # fmt: skip
@@ -108,7 +108,7 @@ BAD = {
     "an unknown option": (["toy:", "-r", "w4a16-gptq", "--set", "solver.damping=1"], "solver 'gptq' has no field 'damping'; did you mean 'damp'?"),
     "an unknown model": (["zoo:nothing", "-r", "w4a16-rtn"], "no installed source knows the prefix 'zoo'; for zoo: models: pip install qzoo"),
     "a missing model": (["nowhere/", "-r", "w4a16-rtn"], "no such file or folder\nwhat can be loaded:\n  toy:NAME"),
-    "a missing recipe file": (["toy:", "-r", "my.toml"], "no recipe file my.toml; give a path that exists, or a recipe's name: fp8"),
+    "a missing recipe file": (["toy:", "-r", "my.toml"], "no recipe file my.toml; give a path that exists, or a recipe's name: "),
     "a missing text": (["toy:", "-r", "w4a16-gptq", "--calib", "no.txt"], "text file no.txt does not exist; pass the path of a UTF-8 text file"),
     "no calibration data": (
         ["toy:bare", "-r", "w4a16-gptq"],
