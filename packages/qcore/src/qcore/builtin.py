@@ -11,8 +11,9 @@ from qcore.plugins import hookimpl
 @hookimpl
 def qcore_formats():
     from qcore.numbers import Codebook, Float, Int, LowRankCodebook, PowerOfTwo
+    from qcore.numbers.partly_binary import PartlyBinary
 
-    return [Int, Float, PowerOfTwo, Codebook, LowRankCodebook]
+    return [Int, Float, PowerOfTwo, Codebook, LowRankCodebook, PartlyBinary]
 
 
 @hookimpl
@@ -56,8 +57,9 @@ def qcore_transforms():
 @hookimpl
 def qcore_solvers():
     from qcore.solvers import GPTQ, GPTVQ, HQQ, RTN
+    from qcore.solvers.pbllm import PBLLM
 
-    return [RTN, HQQ, GPTQ, GPTVQ]
+    return [RTN, HQQ, GPTQ, GPTVQ, PBLLM]
 
 
 @hookimpl
@@ -70,8 +72,9 @@ def qcore_block_solvers():
 @hookimpl
 def qcore_allocators():
     from qcore.solvers import Mixed
+    from qcore.solvers.spikes import SpikeAware
 
-    return [Mixed]
+    return [Mixed, SpikeAware]
 
 
 @hookimpl
@@ -91,8 +94,9 @@ def qcore_modules():
 @hookimpl
 def qcore_packings():
     from qcore.packing import Bits, CompressedFloat, CompressedInt, CompressedPack
+    from qcore.packing.partly_binary import PartlyBinaryBits
 
-    return [CompressedPack, CompressedInt, CompressedFloat, Bits]
+    return [CompressedPack, CompressedInt, CompressedFloat, PartlyBinaryBits, Bits]
 
 
 @hookimpl
