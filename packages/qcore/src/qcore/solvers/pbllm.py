@@ -60,8 +60,9 @@ class PBLLM:
         for a in range(0, k, cols):
             b = min(a + cols, k)
             here = w[:, :, a:b]
-            size = here.abs() if self.saliency == "magnitude" else here.abs() / u[:, a:b, a:b].diagonal(dim1=1, dim2=2).unsqueeze(1)
-            salient = topmost(size, fmt.count(n * (b - a)))
+            # magnitudes are those of the weight itself: what it has grown to while it made up for errors says less
+            size = weight[:, a:b].abs() if self.saliency == "magnitude" else here.abs() / u[:, a:b, a:b].diagonal(dim1=1, dim2=2).unsqueeze(1)
+            salient = topmost(size, fmt.count(n * (b - a))).view(here.shape)
             parts = fmt.fit_around(here, salient)
             errors = torch.zeros_like(here)
             for j in range(b - a):
