@@ -18,9 +18,9 @@ ZERO = 129  # the code of a salient zero
 class PartlyBinary(NumberFormat):
     """mean ± spread for most values of a block, integers times a step for a share of them: those that are salient.
 
-    Codes 0 and 1 are mean - spread and mean + spread; a code c from 2 on is the salient number (c - 129)·step, -127 … 126 steps.  A tensor has salient
-    codes for at most `salient` of its values: `encode` gives them to the values that gain most, a solver to those that count most, and the packing
-    `partly-binary` stores all others in a bit.  So `encode` is nearest only among what that share allows.
+    Codes 0 and 1 are mean - spread and mean + spread; a code c from 2 on is the salient number (c - 129)·step, -127 … 126 steps.  At most the share
+    `salient` of a tensor's values has salient codes: `encode` gives them to the values that gain most, a solver to those that count most, and the
+    packing `partly-binary` stores all others in a bit.  So `encode` is nearest only among what that share allows.
 
     salient: share of the values with 8 bits, below 1
 
