@@ -1,4 +1,4 @@
-"""MobileQuant: exact where it only scales, static everywhere, better learned together than block by block; what is handed over is what was learned."""
+"""MobileQuant: exact where it only scales, static everywhere, better together than block by block; what is handed over is what was learned."""
 
 import copy
 import math
