@@ -1,7 +1,6 @@
-"""MobileQuant: exact where it only scales, static everywhere, better together than block by block; what is handed over is what was learned."""
+"""MobileQuant: exact where it only scales, static everywhere, and what is handed over is what was learned."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_where_learning_starts_passes_the_contract():
 def test_learning_writes_nothing_and_lowers_the_held_out_error():
     model = lively()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    found = learned(LearnStatic(steps=30, **FAST), model)
+    found = learned(LearnStatic(steps=20, **FAST), model)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     start, end = held_out_errors(found)
     assert end < 0.9 * start
@@ -87,12 +86,13 @@ def test_the_same_seed_gives_the_same_bits():
     assert one.keys() == two.keys() and all(torch.equal(t, two[n]) for n, t in one.items())
 
 
-def test_end_to_end_is_better_than_block_by_block_on_the_same_budget_in_the_mean_over_toys():
-    ratio = 0.0
-    for seed in range(4):
-        ends = {t: held_out_errors(learned(LearnStatic(steps=20, target=t, **FAST), lively(seed)))[1] for t in ("end", "block")}
-        ratio += math.log(ends["end"] / ends["block"]) / 4
-    assert math.exp(ratio) < 1
+def test_block_by_block_learns_every_block_and_something_else_than_end_to_end():
+    model = lively()
+    end, block = (learned(LearnStatic(steps=2, target=t, clip=False, ranges=False, **FAST), model).state()[0] for t in ("end", "block"))
+    start = learned(LearnStatic(steps=1, clip=False, ranges=False, **FAST | {"lr_scale": 0.0}), model).state()[0]
+    moved = {n for n in block if not torch.equal(block[n], start[n])}
+    assert end.keys() == block.keys() == start.keys()
+    assert any("layers.0" in n for n in moved) and any(not torch.equal(end[n], block[n]) for n in end)
 
 
 def test_clipping_is_handed_over_as_the_extremes_that_nearest_rounding_finds():
