@@ -38,6 +38,8 @@ def qcore_transforms():
         SmoothQuant,
         SplitColumns,
     )
+    from qcore.transforms.learn_static import LearnStatic
+    from qcore.transforms.split_merge import SplitMerge
 
     return [
         FoldBatchNorm,
@@ -46,9 +48,11 @@ def qcore_transforms():
         AWQScale,
         HadamardRotate,
         LearnRotations,
+        LearnStatic,
         Reorder,
         CrossLayerEqualize,
         SplitColumns,
+        SplitMerge,
         LowRank,
         IfBeneficial,
     ]
@@ -65,8 +69,9 @@ def qcore_solvers():
 @hookimpl
 def qcore_block_solvers():
     from qcore.solvers import AdaRound, LearnedClipping, SignRound
+    from qcore.solvers.low_rank_tuning import LowRankTuning
 
-    return [SignRound, AdaRound, LearnedClipping]
+    return [SignRound, AdaRound, LearnedClipping, LowRankTuning]
 
 
 @hookimpl
@@ -79,16 +84,31 @@ def qcore_allocators():
 
 @hookimpl
 def qcore_modules():
+    from qcore.modules.clip_range import ClipRange
     from qcore.modules.conv import QuantizedConv
     from qcore.modules.embedding import QuantizedEmbedding
     from qcore.modules.hadamard import HeadHadamard, OnlineHadamard
     from qcore.modules.kv_cache import KVCache
     from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
+    from qcore.modules.reassemble import ReassembleChannels
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
-    return [QuantizedLinear, QuantizedConv, QuantizedEmbedding, OnlineHadamard, HeadHadamard, Sum, QuantizedTap, KVCache, Nothing, *FLOAT_LEAVES]
+    return [
+        QuantizedLinear,
+        QuantizedConv,
+        QuantizedEmbedding,
+        OnlineHadamard,
+        HeadHadamard,
+        ReassembleChannels,
+        ClipRange,
+        Sum,
+        QuantizedTap,
+        KVCache,
+        Nothing,
+        *FLOAT_LEAVES,
+    ]
 
 
 @hookimpl
