@@ -43,7 +43,8 @@ class ByteTexts:
             return None
         there = cut(self.evaluation.tokens(self), LENGTH)
         if not len(there):
-            raise CalibrationError(f"evaluation text {self.evaluation.path} is shorter than one window of {LENGTH} bytes; pass a longer one with --eval")
+            short = f"evaluation text {self.evaluation.path} is shorter than one window of {LENGTH} bytes"
+            raise CalibrationError(f"{short}; pass a longer one with --eval")
         order = torch.randperm(len(there), generator=torch.Generator().manual_seed(0))
         return Agreement(list(there[order[:WINDOWS]].split(BATCH)))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qcore.calibration.text import Amount, TextFile, read_text
+from qcore.calibration.text import Amount, TextFile, read_text, to_batches
 from qcore.errors import CalibrationError
 from qcore.evaluation.data import same_text, windows_record
 from qcore.evaluation.task import Batch, Task
@@ -98,7 +98,8 @@ class LabelledTexts:
         return mine
 
     def batches(self, settings: Amount) -> list[Batch]:
-        return [] if self.calibration is None else list(self.calibration.batches(self.tokenizer, settings))
+        """Windows of text, and no sequences of one token: those stand for the attention sinks of causal models, of which an encoder has none."""
+        return [] if self.calibration is None else list(to_batches(self.calibration.windows(self.tokenizer, settings), settings.batch))
 
     def task(self) -> Task | None:
         """CalibrationError where the texts are too few, or all of one label."""
