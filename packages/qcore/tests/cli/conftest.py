@@ -231,7 +231,7 @@ class Pretend:
         save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         self._step("save")
 
-    def prove(self, folder: Path, model: nn.Module, batches: Any, *, outputs: Any, registry: Any) -> Any:
+    def prove(self, folder: Path, model: nn.Module, batches: Any, *, outputs: Any, registry: Any, fresh: bool) -> Any:
         self._step("prove")
         assert outputs(model, batches[0]).shape[0] == 1
         return Proof(self.level, 0.25)

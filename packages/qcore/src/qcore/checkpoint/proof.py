@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from qcore.checkpoint.load import load
 from qcore.checkpoint.manifest import Manifest
 from qcore.errors import CheckpointError
+from qcore.model.adapter import adapter_for
 from qcore.modules import as_stored
+from qcore.plugins import load_registry
 
 PROOF = "proof.json"
 # root mean square of differences, relative to that of outputs, that still counts as rounding: sums in another order
@@ -79,14 +81,15 @@ def prove(
     batches: one or two reference batches
     outputs: the adapter's, so that what is compared is what the family calls its output
     skeleton, registry: as of `load`, for the qcore layout
-    fresh:   open it in another process, which shares no import and no cache with this one; needs plain outputs and a source that rebuilds
+    fresh:   open it in another process, which shares no import and no cache with this one, by the source and the adapter that the manifest names,
+             so it takes no skeleton and no registry from here; `outputs` are then what that adapter, or no adapter, makes of the model
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     if not batches:
         raise CheckpointError("a proof compares outputs of at least one batch, got none")
-    if fresh and (outputs is not plain_outputs or skeleton is not None or registry is not None):
-        raise CheckpointError("a fresh process takes no outputs, skeleton or registry from this one; call it without them, or with fresh=False")
+    if fresh and skeleton is not None:
+        raise CheckpointError("a fresh process takes no skeleton from this one; call it without, or with fresh=False")
     stored_only = manifest.layout == "compressed-tensors"
     as_run = _outputs(model, batches, outputs)
     if stored_only:
@@ -95,7 +98,7 @@ def prove(
     else:
         mine = as_run
     if fresh:
-        loader, theirs, theirs_as_run = _in_fresh_process(folder, batches, stored_only)
+        loader, theirs, theirs_as_run = _in_fresh_process(folder, batches, stored_only, plain=outputs is plain_outputs)
     else:
         loader, other = open_as_consumer(folder, manifest, skeleton, registry)
         theirs, theirs_as_run = _both(other, batches, outputs, stored_only)
@@ -178,10 +181,10 @@ def versions_here() -> dict[str, str]:
     return found
 
 
-def _in_fresh_process(folder: Path, batches: Sequence[Any], stored_only: bool) -> tuple[str, list[Tensor], list[Tensor]]:
+def _in_fresh_process(folder: Path, batches: Sequence[Any], stored_only: bool, plain: bool) -> tuple[str, list[Tensor], list[Tensor]]:
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "batches.pt", Path(scratch) / "outputs.pt"
-        torch.save({"batches": list(batches), "stored_only": stored_only}, given)
+        torch.save({"batches": list(batches), "stored_only": stored_only, "plain": plain, "threads": torch.get_num_threads()}, given)
         command = [
             sys.executable,
             "-c",
@@ -200,7 +203,12 @@ def _in_fresh_process(folder: Path, batches: Sequence[Any], stored_only: bool) -
 @torch.no_grad()
 def _child(folder: str, given: str, found: str) -> None:
     """What runs in the fresh process."""
-    loader, model = open_as_consumer(Path(folder), Manifest.read(Path(folder)))
+    manifest = Manifest.read(Path(folder))
+    loader, model = open_as_consumer(Path(folder), manifest)
     task = torch.load(given, weights_only=True)
-    theirs, as_run = _both(model, task["batches"], plain_outputs, task["stored_only"])
+    torch.set_num_threads(task["threads"])  # sums in the same order
+    outputs: Outputs = plain_outputs
+    if not task["plain"]:
+        outputs = adapter_for(model, load_registry().adapters, manifest.adapter or None).outputs
+    theirs, as_run = _both(model, task["batches"], outputs, task["stored_only"])
     torch.save({"loader": loader, "theirs": theirs, "as_run": as_run}, found)

@@ -72,6 +72,14 @@ def quantize(
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Say in the report which modules the loss comes from: one evaluation for each of them.")
     ] = False,
+    fresh_proof: Annotated[
+        bool,
+        typer.Option(
+            "--fresh-proof/--no-fresh-proof",
+            envvar="QCORE_FRESH_PROOF",
+            help="Open the checkpoint in a process of its own, or in this one, which is quicker.",
+        ),
+    ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
@@ -128,6 +136,7 @@ def quantize(
                 processes=processes,
                 engine=engine,
                 tensor_parallel=tensor_parallel,
+                fresh_proof=fresh_proof,
             )
             report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
         if report is None:
@@ -201,6 +210,7 @@ class Job:
     processes: "Processes" = field(default_factory=Alone)
     engine: str | None = None
     tensor_parallel: int = 1
+    fresh_proof: bool = False
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -355,7 +365,9 @@ class _Run:
             if self.stream:
                 proof = asdict(self.steps.prove_structure(folder, result.values, registry=job.registry))
             elif samples := proof_batches(self.task, self.batches, loaded.tokenizer):
-                proof = proved(self.steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry))
+                proof = proved(
+                    self.steps.prove(folder, result.model, samples, outputs=job.adapter.outputs, registry=job.registry, fresh=job.fresh_proof)
+                )
         return result, proof
 
     def quality(self, folder: Path, reference: Any, sites: Sequence[str]) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:

@@ -111,7 +111,8 @@ class Report:
             said = f"{self.proof['tensors']} tensors read back, {self.proof['decoded']} weights decoded alike"
             lines.append(("proof", "", f"{self.proof['loader']}: {said}"))
         elif "loader" in self.proof:
-            lines.append(("proof", "", f"{self.proof['loader']}: outputs {words[self.proof['level']]} the saved model's"))
+            who = f"{self.proof['loader']}{', in a process of its own' if self.proof.get('fresh') else ''}"
+            lines.append(("proof", "", f"{who}: outputs {words[self.proof['level']]} the saved model's"))
         if self.kernels:
             lines.append(("kernels", "", ", ".join(f"{name} ×{n}" for name, n in self.kernels.items())))
         return lines
