@@ -6,6 +6,7 @@ from qcore.pipeline import quantize_model
 from qcore.plugins import load_registry
 from qcore.recipe_file import load_recipe
 from qcore.testing import check_adapter
+from qplug_subsa.adapter import AnyTextEncoder
 from qplug_subsa.embed import LocalModel, embed_with
 from qplug_subsa.encoder import TextEncoder, batches_of, load_encoder
 
@@ -49,3 +50,16 @@ def test_calibration_batches_have_one_shape(encoder, sentences):
     batches = batches_of(LocalModel(encoder).tokenizer, sentences, 12)
     assert [b["input_ids"].shape for b in batches] == [(16, 12)] * 3
     assert all((b["input_ids"][b["attention_mask"] == 0] == 0).all() for b in batches)
+
+
+def test_a_batch_without_a_mask_has_no_padding(encoder, sentences):
+    source = LocalModel(encoder)
+    ids = source.tokenizer(sentences[:1], return_tensors="pt")["input_ids"]
+    masked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    adapter = AnyTextEncoder()
+    with torch.no_grad():
+        expected = TextEncoder().outputs(source.model, masked)
+        assert torch.equal(adapter.outputs(source.model, {"input_ids": ids, "row_weight": torch.tensor(2.0)}), expected)
+    context = adapter.context({"input_ids": ids, "row_weight": torch.tensor(2.0)})
+    assert context.valid.all() and context.weight == 2
+    assert AnyTextEncoder.priority < TextEncoder.priority and AnyTextEncoder.name == TextEncoder.name

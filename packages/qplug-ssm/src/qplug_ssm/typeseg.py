@@ -15,6 +15,7 @@ from qcore.errors import CheckpointError, NotFound
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
 from torch import Tensor, nn
 
+from qplug_ssm.byte_texts import ByteTexts
 from qplug_ssm.mixer import SelectiveMixer
 
 _KIND = "typeseg-mamba"
@@ -76,7 +77,15 @@ class TypeSegFile(ModelSource):
             target.mkdir(parents=True, exist_ok=True)
             (target / "config.json").write_text(json.dumps({"model_type": _KIND}) + "\n", encoding="utf-8")
 
-        return LoadedModel(model=_skeleton(), reader=reader, name=_KIND, dtype=torch.float32, source=self.name, write_companions=write)
+        return LoadedModel(
+            model=_skeleton(),
+            reader=reader,
+            name=_KIND,
+            dtype=torch.float32,
+            source=self.name,
+            write_companions=write,
+            data=ByteTexts(to_bytes),
+        )
 
     def skeleton(self, folder: Path) -> nn.Module:
         return _skeleton()

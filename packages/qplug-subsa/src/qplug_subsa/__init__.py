@@ -23,6 +23,6 @@ def qcore_commands():
 
 @hookimpl
 def qcore_adapters():
-    from qplug_subsa.encoder import TextEncoder
+    from qplug_subsa.adapter import AnyTextEncoder
 
-    return [TextEncoder]
+    return [AnyTextEncoder]

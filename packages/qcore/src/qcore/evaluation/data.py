@@ -57,7 +57,7 @@ def choose_text(calib: Path | None, evaluation: Path | None, own_calib: Path | N
         return TextPair(None, TextFile(test) if test else None)
     if test is None:
         return TextPair(TextFile(calibration, stop=HELD_OUT), TextFile(calibration, start=HELD_OUT), held_out=True)
-    if _same_text(calibration, test):
+    if same_text(calibration, test):
         raise CalibrationError(
             f"calibration and evaluation text are the same: {calibration} and {test}; a model looks better on text it was calibrated on. "
             "Pass another --eval, or leave --eval out: then the last 20 % of --calib is held out"
@@ -65,7 +65,8 @@ def choose_text(calib: Path | None, evaluation: Path | None, own_calib: Path | N
     return TextPair(TextFile(calibration), TextFile(test))
 
 
-def _same_text(a: Path, b: Path) -> bool:
+def same_text(a: Path, b: Path) -> bool:
+    """Whether two paths are one file, or two with the same text in them."""
     return a.exists() and b.exists() and (a.samefile(b) or read_text(a) == read_text(b))
 
 
@@ -184,6 +185,21 @@ def choose_data(loaded: Any, calib: Path | None, evaluation: Path | None) -> Any
 def _named(file: ImageFile | None) -> str:
     assert file is not None
     return f"images of {file.path.parent.name}/{file.path.name}"
+
+
+def windows_record(text: TextFile | None, batches: Sequence[Batch]) -> dict[str, Any] | None:
+    """What a report says of calibration text: the file, how many windows and tokens, and their sha256; None where there was none."""
+    windows = [batch["input_ids"] for batch in batches]
+    if text is None or not windows:
+        return None
+    return {
+        "file": text.path.name,
+        "part": [text.start, text.stop],
+        "windows": sum(map(len, windows)),
+        "window": windows[0].shape[1],
+        "tokens": sum(w.numel() for w in windows),
+        "sha256": data_hash(*windows),
+    }
 
 
 def inputs_of(batch: Batch) -> list[Tensor]:
