@@ -25,7 +25,11 @@ COMMAND = ["quantize", "zoo:tiny-llama", "-r", "w4a16-gptq", "--set", "calibrati
 
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file whose bytes are promised."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir()) if f.name != "proof.json" and not f.name.startswith("report.")}
+    return {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.iterdir())
+        if f.name != "proof.json" and not f.name.startswith("report.")
+    }
 
 
 def run(out: Path, *more: str, kill_after: float | None = None) -> tuple[int, float, str]:
