@@ -161,7 +161,7 @@ READING = (
     "  (0.0024 to 0.0028 and 0.0093 to 0.0103), though its experts are used more evenly. AWQ does not tell the two apart.",
     "- What helps is text of all the domains that the model is judged on: a fifth to a quarter less divergence than one domain. Where such text is",
     "  to be had, it is the better answer to experts that one domain leaves idle.",
-    "- The perplexities of the GPTQ rows on one domain or on EBSS lie within two standard deviations of each other: differences are in the divergence.",
+    "- The perplexities of the GPTQ rows on one domain or on EBSS lie within two standard deviations: differences are in the divergence.",
 )
 
 
