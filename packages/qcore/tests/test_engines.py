@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from qcore.engines import ENGINES, Weight, llama_cpp, onnxruntime, transformers, vllm
-from qcore.numbers import Int, PerTensor, QuantSpec, int_activation, int_weight
+from qcore.numbers import FP8_E4M3, Int, PerTensor, QuantSpec, fp8_activation, fp8_weight, int_activation, int_weight
 
 LLAMA = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
 NAMES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
@@ -71,6 +71,15 @@ def test_shapes_that_marlin_has_no_tiles_for_are_noted_not_refused():
     verdict = vllm([odd], SimpleNamespace(num_attention_heads=9, num_key_value_heads=3))
     assert not verdict.reasons
     assert verdict.notes == ("layers.0.q_proj: [576, 576] is no multiple of Marlin's tile of 64 × 128: vLLM takes a slower kernel, or none",)
+
+
+def test_fused_layers_with_a_scale_each_are_said_to_be_rounded_anew():
+    fp8 = QuantSpec(format=FP8_E4M3, granularity=PerTensor())
+    verdict = vllm(llama(fp8, "ct-float", fp8_activation()), LLAMA)
+    assert not verdict.reasons
+    (note,) = verdict.notes
+    assert note.startswith("layers.0.q_proj and 4 more: vLLM fuses it") and "per channel" in note  # o_proj and down_proj stand alone
+    assert vllm(llama(fp8_weight(), "ct-float", fp8_activation()), LLAMA).notes == ()
 
 
 def test_engines_whose_files_qcore_does_not_write_say_so_and_what_else_is_wrong():

@@ -21,6 +21,11 @@ def test_quantize_refuses_what_the_engine_cannot_load_before_it_computes(capsys,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_devices_without_a_program_are_refused_not_ignored(capsys):
+    assert main(["plan", "zoo:tiny-llama", "-r", "w4a16-rtn", "--tensor-parallel", "4"]) == 2
+    assert "--tensor-parallel 4 is about the program that is to serve the checkpoint; name it with --engine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["plan"], ["quantize", "-o", "out"]])
 def test_an_unknown_engine_lists_those_that_are_known(capsys, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

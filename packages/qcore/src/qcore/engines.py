@@ -76,7 +76,8 @@ def transformers(weights: Sequence[Weight], config: Any) -> Verdict:
 def vllm(weights: Sequence[Weight], config: Any) -> Verdict:
     """vLLM's own loader of compressed-tensors."""
     reasons = _not_portable(weights) or (*_grouped(weights, _vllm_scheme), *_fused_apart(weights))
-    return Verdict("vLLM", reasons, _grouped(weights, _marlin), {} if reasons else _parallel(weights, config))
+    notes = (*_grouped(weights, _marlin), *_grouped(weights, _one_scale))
+    return Verdict("vLLM", reasons, notes, {} if reasons else _parallel(weights, config))
 
 
 def llama_cpp(weights: Sequence[Weight], config: Any) -> Verdict:
@@ -149,6 +150,14 @@ def _marlin(w: Weight) -> str | None:
     if w.packing != "ct-pack" or (outputs % _MARLIN[0] == 0 and inputs % _MARLIN[1] == 0):
         return None
     return f"[{outputs}, {inputs}] is no multiple of Marlin's tile of {_MARLIN[0]} × {_MARLIN[1]}: vLLM takes a slower kernel, or none"
+
+
+def _one_scale(w: Weight) -> str | None:
+    """Fused layers have one scale for the whole where each part came with one of its own."""
+    assert w.spec is not None
+    if w.packing == "ct-float" and isinstance(w.spec.granularity, PerTensor) and any(w.name in names for names in FUSED):
+        return "vLLM fuses it with its neighbours and rounds it anew under the largest of their scales; a scale per channel is kept as it is"
+    return None
 
 
 def _blocks(w: Weight) -> str | None:

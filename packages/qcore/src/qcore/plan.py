@@ -205,6 +205,8 @@ def make_plan(
     engine:   the program that is to serve the checkpoint, one of `qcore.engines.ENGINES`: what stands against it is a problem then
     tensor_parallel: over how many devices it is to be split
     """
+    if engine is None and tensor_parallel != 1:
+        raise SpecError(f"--tensor-parallel {tensor_parallel} is about the program that is to serve the checkpoint; name it with --engine")
     if engine is not None and engine not in ENGINES:
         raise NotFound(f"there is no engine {engine!r}; have: {', '.join(ENGINES)}")
     adapter.prepare(loaded.model)

@@ -118,7 +118,8 @@ def _create(d: Description) -> nn.Module:
     if d.architecture == "timm.create_model":
         if not timm.is_model(d.model):
             near = ", ".join(timm.list_models(f"*{d.model.split('_')[0]}*")[:6])
-            raise NotFound(f"timm {timm.__version__} has no model {d.model!r}{f'; it has: {near}' if near else ''}")
+            known = f"it has: {near}" if near else "`timm.list_models()` lists those it has"
+            raise NotFound(f"timm {timm.__version__} has no model {d.model!r}; {known}")
         try:
             return timm.create_model(d.model, pretrained=False, **d.options)
         except TypeError as e:

@@ -33,7 +33,7 @@ def bench(
     from qcore.errors import NotFound
 
     if not (checkpoint / MANIFEST).is_file():
-        raise NotFound(f"{checkpoint} is no checkpoint of `qcore quantize`: it has no {MANIFEST}")
+        raise NotFound(f"{checkpoint} is no qcore checkpoint: it has no {MANIFEST}; pass the -o of `qcore quantize`")
     own = registry()
     card = speed_card(load(checkpoint, registry=own), own, threads, seconds)
     if as_json:

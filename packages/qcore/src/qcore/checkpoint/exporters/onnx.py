@@ -66,7 +66,10 @@ class OnnxExporter(Exporter):
             graph = trace(model)
         except Exception as e:  # whatever the model's forward does with a traced tensor
             first = str(e).splitlines()[0] if str(e) else ""
-            return [f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {first}), so there is no graph to write"]
+            return [
+                f"torch.fx cannot trace {type(model).__name__} ({type(e).__name__}: {first}), so there is no graph to write; "
+                "it is for networks whose forward runs the same layers for every input, such as convolutional ones"
+            ]
         inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
         reasons = [] if len(inputs) == 1 else [f"the model reads {len(inputs)} tensors ({', '.join(inputs)}), the file has one input"]
         for node in graph.nodes:
