@@ -140,6 +140,29 @@ def _faults(folder: Path) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def _speed(file: Path) -> list[str]:
+    """GPTQ alone on one layer, as tools/bench/gptq_speed.py timed it."""
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text())
+    first = rows[0]
+    lines = [
+        "## GPTQ on one layer, beside the peers",
+        "",
+        f"{first['shape'][0]} × {first['shape'][1]}, {first['bits']} bits, groups of {first['group']}, the Gram matrix given, "
+        f"{first['threads']} threads, one tool after the other, load {first['load']} at the start, best of the repeats: "
+        "`python tools/bench/gptq_speed.py`. Loss: tr(ΔW G ΔWᵀ) / tr(W G Wᵀ).",
+        "",
+        "| | seconds | loss |",
+        "|---|---|---|",
+        *[f"| {r['tool']} | {r['seconds']:.2f} | {r['loss']:.5f} |" for r in rows],
+        "",
+        "“paper” is what the peers do; “no sweep” searches scales; the defaults sweep over all columns once more.",
+        "",
+    ]
+    return lines
+
+
 def _picture(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     import matplotlib
 
@@ -186,6 +209,7 @@ def write(cells: Path) -> None:
         lines += _table(model, own)
         if model == "smollm2-135m":
             lines += _peers()
+    lines += _speed(cells.parent / "gptq_speed.json")
     lines += _memory(cells.parent / "memory")
     lines += _faults(cells.parent)
     (cells.parent / "README.md").write_text("\n".join(lines))

@@ -5,7 +5,7 @@
 
 Environments of peers: tools/bench/peers/make_env.sh.  Every tool gets threads of its own process, one after the other; the times are of the
 solve alone, best of `--repeat`.  Losses are tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), computed here from what each one returned.
-One JSON line per tool.  Run it on a quiet machine: on a shared one only the losses mean anything.
+One JSON line per tool, and all of them in docs/evidence/gptq_speed.json.  Run it on a quiet machine: on a shared one only the losses mean anything.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import torch
 from qcore.numbers import int_weight
 from qcore.solvers import GPTQ
 from safetensors.torch import load_file, save_file
+
+OUT = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "gptq_speed.json"
 
 
 def make_problem(n: int, k: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -63,9 +65,11 @@ def main() -> None:
     shape = {"shape": [a.rows, a.cols], "bits": a.bits, "group": a.group, "threads": a.threads, "load": round(os.getloadavg()[0], 2)}
 
     variants = {"defaults": GPTQ(), "no sweep": GPTQ(sweeps=0), "paper": GPTQ(clip="none", sweeps=0, act_order=False, damp=0.01)}
+    rows = []
     for name, solver in variants.items():
         seconds, q = best_seconds(lambda s=solver: s.solve(problem["weight"], spec, {"gram": problem["gram"]}), a.repeat)
-        print(json.dumps({"tool": f"qcore {name}", "seconds": round(seconds, 2), "loss": loss(problem, q.dequantize()), **shape}), flush=True)
+        rows.append({"tool": f"qcore {name}", "solver": repr(solver), "seconds": round(seconds, 2), "loss": loss(problem, q.dequantize()), **shape})
+        print(json.dumps(rows[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "problem.safetensors", Path(folder) / "solved.safetensors"
@@ -79,7 +83,9 @@ def main() -> None:
                 print(json.dumps({"tool": name, "error": run.stderr[-600:]}), flush=True)
                 continue
             found = json.loads(run.stdout.strip().splitlines()[-1])
-            print(json.dumps({"tool": name, **found, "loss": loss(problem, load_file(got)["values"]), **shape}), flush=True)
+            rows.append({"tool": name, **found, "loss": loss(problem, load_file(got)["values"]), **shape})
+            print(json.dumps(rows[-1]), flush=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
