@@ -197,7 +197,7 @@ def write(cells: Path) -> None:
         "code version. Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load",
         "average beside the seconds says whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
         "",
-        "More: [quantized activations and rotations](w4a4.md), [encoders](encoders.md), "
+        "More: [encoders](encoders.md), "
         "[state-space models](ssm.md), [mixtures of experts](moe.md), [convolutional networks](cnn.md), "
         "[re-parameterised networks](reparam.md), [kernels](kernels.md), "
         "[selection of samples](selection.md), [solvers and mixed precision](solvers.md), "
