@@ -1,8 +1,9 @@
 """Subtract the mean of δ between x_proj and dt_proj, and let dt_proj's bias take it back: MambaQuant's reduce-mean.
 
-A tensor that lies around zero fills a symmetric grid better.  dt_proj's bias takes W_dt·m, with the float weight: what rounding does to W_dt no longer
-touches the mean.  Where x_proj has a bias, its δ part takes -m and nothing is computed at run time.  Where it has none, or a norm stands between,
-`SubtractMean` stands before dt_proj.  A bias that x_proj did not have would cost as much, and scalings and rotations that come later do not know it.
+A tensor that lies around zero fills a symmetric grid better.  dt_proj's bias takes W_dt·m, with the float weight: what rounding does to W_dt no
+longer touches the mean.  Where x_proj has a bias, its δ part takes -m and nothing is computed at run time.  Where it has none, or a norm stands
+between, `SubtractMean` stands before dt_proj.  A bias that x_proj did not have would cost as much, and scalings and rotations that come later do
+not know it.
 """
 
 from collections.abc import Mapping
