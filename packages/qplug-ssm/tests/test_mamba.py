@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
+from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.observers import AbsMax
 from qcore.calibration.runner import BlockFeed, BlockRunner
 from qcore.errors import CalibrationError, SpecError
@@ -136,10 +137,18 @@ def test_scan_is_its_recurrence_and_goes_on_from_any_state():
     torch.testing.assert_close(last, h, rtol=1e-12, atol=1e-12)
 
 
+def observed(model: nn.Module, batch: Tensor, wanted: dict[Site, tuple[Observer, ...]]) -> dict[Site, Seen]:
+    """What observers see in the first block."""
+    adapter = MambaAdapter()
+    feed = BlockFeed(model, adapter, adapter.topology(model).blocks, [batch])
+    feed.start()
+    return BlockRunner(feed, 0, model.get_submodule(feed.blocks[0].module)).observe(wanted)
+
+
 def test_a_site_whose_tap_never_fires_is_an_error():
-    model = prepared(vim())
-    with pytest.raises(CalibrationError, match=r"layers\.0\.mixer\.readout_mirror|layers\.0\.mixer\.readout"):
-        rows_seen(model, IDS % 32, [Site("layers.0.mixer.readout", "q")])
+    # a readout has h and c, and no q
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mixer\.readout"):
+        observed(prepared(vim()), IDS % 32, {Site("layers.0.mixer.readout", "q"): (AbsMax(),)})
 
 
 def rows_seen(model: nn.Module, batch: Tensor, sites: list[Site]) -> dict[Site, int]:
@@ -155,10 +164,7 @@ def rows_seen(model: nn.Module, batch: Tensor, sites: list[Site]) -> dict[Site, 
         def result(self):
             return self.rows
 
-    adapter = MambaAdapter()
-    feed = BlockFeed(model, adapter, adapter.topology(model).blocks, [batch])
-    feed.start()
-    seen = BlockRunner(feed, 0, model.get_submodule(feed.blocks[0].module)).observe({s: (Count(),) for s in sites})
+    seen = observed(model, batch, {s: (Count(),) for s in sites})
     return {s: seen[s]["count"] for s in sites}
 
 

@@ -26,7 +26,7 @@ from qplug_ssm.covariance import Covariance
 from qplug_ssm.gain import GainSmooth, equalizing_scales
 from qplug_ssm.klt import KLTRotate, equalizing_rotation, levelling
 from qplug_ssm.mamba_adapter import MambaAdapter
-from qplug_ssm.mambaquant import MambaSmooth, StateRotate, to_smoothed
+from qplug_ssm.mambaquant import MambaSmooth, StateRotate, smoothing, to_smoothed
 from qplug_ssm.mixer import SelectiveMixer
 from qplug_ssm.readout import Readout, RotatedReadout, SmoothSiLU, hadamard_inverse, scan
 from qplug_ssm.testing import TinyMamba, VimMixer
@@ -161,6 +161,11 @@ def test_smoothing_z_without_s_silu_is_wrong():
     assert not same(model, apply_rewrite(model, replace(rewrite, inserts={})), 1e-3)
 
 
+def test_scales_are_bounded_and_channels_that_never_fire_keep_theirs():
+    x, w = torch.tensor([0.0, 1.0, 1e9, 1e-9, 4.0]), torch.tensor([1.0, 0.0, 1e-9, 1e9, 1.0])
+    assert smoothing(x, w, 0.5).tolist() == [1.0, 1.0, 100.0, pytest.approx(0.01), 2.0]
+
+
 # S4: the state ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +295,13 @@ def test_sizes_without_a_hadamard_matrix_are_levelled_by_plane_rotations(m):
     torch.testing.assert_close(R.T @ R, torch.eye(m).double(), rtol=0, atol=1e-12)
     assert spread(x @ R) <= 1 + 1e-5
     assert torch.equal(levelling(torch.ones(4)), torch.eye(4).double())
+
+
+@pytest.mark.parametrize("covariance", [torch.zeros(12, 12), torch.eye(12), torch.ones(12, 12)], ids=["none", "all alike", "one direction"])
+def test_any_basis_will_do_where_variances_are_degenerate(covariance):
+    R = equalizing_rotation(covariance.double())
+    torch.testing.assert_close(R.T @ R, torch.eye(12).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close((R.T @ covariance.double() @ R).diagonal(), covariance.double().trace().expand(12) / 12, rtol=1e-9, atol=1e-12)
 
 
 def test_a_rank_without_a_hadamard_size_can_be_refused():

@@ -95,4 +95,6 @@ def test_h_and_c_may_have_a_scale_for_each_token(model):
     done = quantized(model, recipe).model
     taps = [m for m in done.modules() if isinstance(m, QuantizedTap)]
     assert len(taps) == 4 and all(t.spec.when == "dynamic" and not t.parts for t in taps)
-    assert error(model, done) < 1e-2
+    # a token's own scale is never larger than that of the tensor, but for the clipped millionth
+    static = error(model, quantized(model, load_recipe("mambaquant-w8a8", load_registry())).model)
+    assert error(model, done) <= 1.05 * static

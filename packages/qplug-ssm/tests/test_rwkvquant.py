@@ -168,7 +168,7 @@ def test_twenty_weights_are_stored_in_3_275_bits_and_no_group_has_more_than_eigh
     assert bits / (20 * 128 * 512) == pytest.approx(3.275, abs=0.02)
 
 
-def test_vectors_gain_most_where_both_proxies_are_large():
+def test_vectors_gain_most_where_tails_are_heavy():
     """tr(ΔW H ΔWᵀ) of GPTQ's 3.25 bits over that of GPTVQ's 3.5, on correlated inputs."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1024, 64, generator=g) @ torch.randn(64, 64, generator=g)
@@ -181,9 +181,9 @@ def test_vectors_gain_most_where_both_proxies_are_large():
             away = w - solver.solve(w, spec, {"gram": gram}).dequantize()
             lost[solver.name] = float((away @ gram * away).sum())
         gains[kind] = lost["gptq"] / lost["gptvq"]
-    assert gains["uniform"] < gains["normal"] < gains["t3"], gains
-    # more bits, and fitted ones: vectors are never the worse choice, only the dearer one
-    assert gains["uniform"] > 1, gains
+    assert gains["t3"] > 2 * max(gains["uniform"], gains["normal"]), gains
+    # more bits, and fitted ones: vectors are the better choice everywhere, and the dearer one
+    assert min(gains.values()) > 1, gains
 
 
 def test_thresholds_by_hand_and_the_released_codes_rule():
@@ -219,6 +219,12 @@ def test_clipped_square_is_the_mean_square_without_clipping_and_forgets_outliers
     x[:4] = 1e3
     clipped.update(x)
     assert bool((clipped.result() < 1.3).all()) and bool((clipped.result() > 0.8).all())
+
+
+def test_a_vector_of_fewer_values_than_codes_is_kept_exactly():
+    mu = torch.tensor([[0.25, -1.5, 0.25, 3.0, -1.5, 0.25]])
+    solved = WeightedCodebook().solve(mu, MU, {"clipped-square": torch.tensor([1.0, 2.0, 0.0, 3.0, 0.5, 9.0]).double()})
+    torch.testing.assert_close(solved.dequantize(), mu, rtol=2e-7, atol=0)  # a weighted mean of equal float32 numbers may be one ulp off
 
 
 def weighted_loss(mu: Tensor, q: Tensor, w: Tensor) -> float:
@@ -311,6 +317,14 @@ def test_the_plan_says_that_an_allocator_chooses(model):
     recipe = load_recipe("w3a16-rwkvquant", load_registry())
     plan = make_plan(load_in_memory(copy.deepcopy(model)), recipe, RWKV7Adapter(), load_registry())
     assert not plan.problems and plan.needs_data and any("rwkvquant" in note for note in plan.notes)
+
+
+def test_a_width_that_groups_of_64_do_not_divide_is_named_by_the_plan():
+    odd = randomize(
+        RWKV7(RWKV7Config(vocab_size=64, n_layer=1, n_embd=96, head_size=32, ffn_size=128, decay_lora=8, a_lora=8, v_lora=8, gate_lora=8))
+    )
+    plan = make_plan(load_in_memory(odd.eval()), load_recipe("w3a16-rwkvquant", load_registry()), RWKV7Adapter(), load_registry())
+    assert any("group size 64 does not divide K=96" in str(problem) for problem in plan.problems), plan.problems
 
 
 def test_the_recipe_survives_being_written_out():
