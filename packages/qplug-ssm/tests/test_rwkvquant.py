@@ -319,12 +319,18 @@ def test_the_plan_says_that_an_allocator_chooses(model):
     assert not plan.problems and plan.needs_data and any("rwkvquant" in note for note in plan.notes)
 
 
-def test_a_width_that_groups_of_64_do_not_divide_is_named_by_the_plan():
+def test_a_width_that_groups_of_64_do_not_divide_is_named_by_the_plan_and_other_groups_may_be_set():
     odd = randomize(
         RWKV7(RWKV7Config(vocab_size=64, n_layer=1, n_embd=96, head_size=32, ffn_size=128, decay_lora=8, a_lora=8, v_lora=8, gate_lora=8))
     )
-    plan = make_plan(load_in_memory(odd.eval()), load_recipe("w3a16-rwkvquant", load_registry()), RWKV7Adapter(), load_registry())
-    assert any("group size 64 does not divide K=96" in str(problem) for problem in plan.problems), plan.problems
+    smaller = 'allocator.scalar={format={name="int", bits=3}, granularity={name="group", size=32}, scale="float16"}'
+
+    def problems(*overrides: str) -> list[str]:
+        recipe = load_recipe("w3a16-rwkvquant", load_registry(), overrides)
+        return [str(p) for p in make_plan(load_in_memory(copy.deepcopy(odd)), recipe, RWKV7Adapter(), load_registry()).problems]
+
+    assert any("group size 64 does not divide K=96" in p for p in problems()), problems()
+    assert not problems(smaller, "rules.0.granularity.size=32")
 
 
 def test_the_recipe_survives_being_written_out():
