@@ -47,8 +47,19 @@ METHODS = {
     "gptvq-2d": ("w2a16-gptvq", (), "GPTVQ of pairs, tiles of 1024"),
     "gptvq-4d": ("w2a16-gptvq", _VECTORS, "GPTVQ of vectors of 4, tiles of 32768"),
 }
+# label → (recipe, overrides, what it is): recipes of neighbouring methods, beside the same setting without their idea
+NEIGHBOURS = {
+    "w8a8-static": ("spike-aware-w8a8", ("allocator.limit=1e9",), "8-bit weights per channel, static 8-bit inputs per tensor, nearest"),
+    "spike-aware-w8a8": ("spike-aware-w8a8", (), "… and FP8 where activation spikes stand out"),
+    "w4a8-channel": ("rtn-w4a8", ('rules.0.granularity="channel"',), "4-bit weights per channel, dynamic 8-bit inputs per token, nearest"),
+    "qllm-w4a8": ("qllm-w4a8", (), "… channels reassembled, low-rank tuning (QLLM)"),
+    "mobilequant-w4a8": ("mobilequant-w4a8", (), "all scales static: scales, clipping, ranges learned (MobileQuant)"),
+    "zeroquant-fp-w4a8": ("zeroquant-fp-w4a8", (), "FP4 in groups of 64 under powers of two by GPTQ, FP8 inputs (ZeroQuant-FP)"),
+    "w2a16-pbllm": ("w2a16-pbllm", (), "1-bit weights, a tenth of them in 8 bits (PB-LLM)"),
+}
+_ON_SMOLLM2 = ("w8a8-static", "spike-aware-w8a8")  # whose input spikes are real; the learned ones take half an hour there
 _AT_2_ONLY = ("gptvq-2d", "gptvq-4d")
-_ONE_SEED = ("rtn-clip", "hqq", "gptvq-4d")  # no data, or minutes a cell
+_ONE_SEED = ("rtn-clip", "hqq", "lwc", "adaround", "gptvq-4d")  # no data, or minutes a cell
 _BUDGETS = (3.0, 3.25, 3.5)
 _METRICS = ("mse", "output", "fisher", "taylor", "hessian-trace", "cca", "pruning", "spikes")
 
@@ -71,6 +82,9 @@ def matrix() -> list[Cell]:
                 cells.append(Cell("tiny-llama", f"mixed-3.25-{metric}", "mixed", ("allocator.bits=3.25", f"allocator.metric={metric}"), **tiny))  # type: ignore[arg-type]
             for choose in ("greedy", "prefix"):
                 cells.append(Cell("tiny-llama", f"mixed-3.25-kl-{choose}", "mixed", ("allocator.bits=3.25", f"allocator.choose={choose}"), **tiny))  # type: ignore[arg-type]
+    for label, (recipe, extra, _) in NEIGHBOURS.items():
+        cells.append(Cell("tiny-llama", f"neighbours-{label}", recipe, extra, **tiny))  # type: ignore[arg-type]
+    cells += [Cell("smollm2-135m", f"neighbours-{label}", NEIGHBOURS[label][0], NEIGHBOURS[label][1]) for label in _ON_SMOLLM2]
     cells += [
         Cell("smollm2-135m", "solvers-w2-gptq", "w2a16-gptq"),
         Cell("smollm2-135m", "solvers-w2-gptvq-2d", "w2a16-gptvq"),
@@ -115,7 +129,19 @@ def page(cells: Sequence[Cell]) -> str:
         lines += ["## tiny-llama, mixed precision", "", *_table(known, there[("tiny-llama", "solvers-w3-gptq")]), ""]
     if some is not None:
         lines += [f"Float perplexity of tiny-llama: {some['scores']['perplexity_reference']:.2f}.", ""]
-    large = [(label.removeprefix("solvers-"), "", own) for (model, label), own in there.items() if model == "smollm2-135m" and own]
+    for model in ("tiny-llama", "smollm2-135m"):
+        known = [
+            (label, words, there[(model, f"neighbours-{label}")])
+            for label, (*_, words) in NEIGHBOURS.items()
+            if there.get((model, f"neighbours-{label}"))
+        ]
+        if known:
+            lines += [f"## {model}, recipes of neighbouring methods", "", *_table(known, []), ""]
+    large = [
+        (label.removeprefix("solvers-"), "", own)
+        for (model, label), own in there.items()
+        if model == "smollm2-135m" and label.startswith("solvers") and own
+    ]
     if large:
         lines += ["## smollm2-135m, 2 bits", "", *_table(large, there[("smollm2-135m", "solvers-w2-gptq")]), ""]
         lines += [f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1.", ""]
