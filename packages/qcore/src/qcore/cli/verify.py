@@ -84,8 +84,8 @@ def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | N
     import torch
 
     from qcore.checkpoint import Manifest
+    from qcore.cli._job import Job, run_quantize
     from qcore.cli._progress import progress
-    from qcore.cli.quantize import Job, run_quantize
     from qcore.errors import CheckpointError
     from qcore.evaluation import choose_data
     from qcore.recipe_file import parse_recipe
