@@ -118,7 +118,9 @@ def page(cells: Sequence[Cell]) -> str:
         ]
         if known := [row for row in rows if row[2]]:
             lines += [f"## tiny-llama, {bits} bits", "", *_table(known, base), ""]
-    uniform = [(f"uniform, w{b} GPTQ", "3 bits everywhere", there[("tiny-llama", f"solvers-w{b}-gptq")]) for b in (3,)]
+    if some is not None:
+        lines += ["![KL divergence against size](solvers.svg)", ""]
+    uniform = [("uniform, w3 GPTQ", "3 bits everywhere", there[("tiny-llama", "solvers-w3-gptq")])]
     mixed = [
         (f"mixed {budget}", "2, 3, 4 or 6 bits; KL by substitution, knapsack", there[("tiny-llama", f"mixed-{budget}-kl")]) for budget in _BUDGETS
     ]
@@ -149,6 +151,39 @@ def page(cells: Sequence[Cell]) -> str:
     if reading.exists():
         lines += [reading.read_text(encoding="utf-8").strip(), ""]
     return "\n".join(lines)
+
+
+def picture(cells: Sequence[Cell]) -> None:
+    """solvers.svg: KL divergence against size on tiny-llama, weights alone; the Pareto front is joined."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qcore"  # the same cells give the same bytes
+    from matplotlib import pyplot
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    for c in cells:
+        if c.model == "tiny-llama" and c.label.startswith(("solvers", "mixed")) and c.file.exists():
+            kept = json.loads(c.file.read_text())
+            found.setdefault(c.label.removeprefix("solvers-"), []).append((kept["bits"], kept["scores"]["kl"]))
+    points = {label: (own[0][0], mean(kl for _, kl in own)) for label, own in found.items()}
+    if not points:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for kind, marker in (("w2", "o"), ("w3", "s"), ("mixed", "^")):
+        own = [p for label, p in points.items() if label.startswith(kind)]
+        axes.scatter(
+            [p[0] for p in own], [p[1] for p in own], marker=marker, label={"w2": "2 bits", "w3": "3 bits", "mixed": "mixed precision"}[kind]
+        )
+    for label, (bits, kl) in points.items():
+        axes.annotate(label, (bits, kl), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    front = sorted(p for p in points.values() if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points.values()))
+    axes.plot([p[0] for p in front], [p[1] for p in front], color="grey", linewidth=0.8, label="Pareto front")
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits per quantized weight")
+    axes.set_ylabel("KL divergence to float")
+    axes.legend()
+    figure.savefig(PAGE.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _table(rows: Sequence[tuple[str, str, list[dict[str, Any]]]], base: list[dict[str, Any]]) -> list[str]:
@@ -196,6 +231,7 @@ def main() -> int:
         s = result["scores"]
         print(f"{cell.name}: KL {s['kl']:.4f} bits {result['bits']:.3f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
     PAGE.write_text(page(cells), encoding="utf-8")
+    picture(cells)
     return 0
 
 
