@@ -103,7 +103,7 @@ MAMBA = {
     for bits in ("w8a8", "w4a8")
     for label, (words, overrides, seeds) in ACTIVATIONS.items()
 }
-# from seed to seed its divergences differ by a factor of two: rotations alone are measured on all seeds
+# with 4-bit weights its divergences differ up to threefold from seed to seed: rotations alone are measured on all seeds too
 TYPESEG = {label: replace(m, seeds=SEEDS) if label.endswith("-rotations") else m for label, m in MAMBA.items()}
 MODELS = {"tiny-rwkv": RWKV, "tiny-mamba": MAMBA, "typeseg-mamba": TYPESEG}
 SHAPES = {"rwkv7-0.1b": "w3a16-rwkvquant", "mamba-130m": "mambaquant-w8a8"}
