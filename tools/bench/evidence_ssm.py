@@ -8,8 +8,8 @@
 tiny-rwkv: weights of about 3 bits; tiny-mamba and typeseg-mamba: 8-bit activations with one static scale for each tensor, 8- and 4-bit weights;
 random weights of published shapes: time and memory alone (ssm_shapes.py).  Calibration is 16 windows of 128 tokens (bytes) of qzoo's calib.txt,
 chosen by the seed; evaluation 32 windows of 256 of eval.txt, last words of 96 passages of eval_novels.txt.  Every model is saved and loaded before
-it is measured.  Few windows and seeds, ablations of one seed: so that all of it takes about 25 minutes of one core, 10 s a cell of tiny-rwkv, 10 to
-35 s of the Mambas, and two minutes each for the shapes.  Seed by seed: what is stopped early has every method once.
+it is measured.  Few windows and seeds, ablations of one seed: so that all of it takes about 30 minutes of one core, 10 s a cell of tiny-rwkv, 10 to
+35 s of the Mambas, five minutes for both shapes.  Seed by seed: what is stopped early has every method once.
 """
 
 import argparse
