@@ -323,10 +323,12 @@ class _Run:
 
     def solved(self, journal: "Journal") -> Any:
         """Quantize the model in place."""
+        from qcore.pipeline.allocation import with_kept_allocation
+
         with self.job.timed("quantize"):
             result = self.steps.quantize_model(
                 self.job.loaded,
-                self.job.recipe,
+                with_kept_allocation(self.job.recipe, journal, self.job.registry),
                 self.batches,
                 registry=self.job.registry,
                 adapter=self.job.adapter,
