@@ -43,6 +43,11 @@ def _own(bits: int) -> list[tuple[float, str]]:
     return rows
 
 
+def _own_threads() -> str:
+    files = [CELLS / "smollm2-135m" / f"w{bits}-{method}-seed0.json" for bits in (4, 3, 2) for method in OWN_ROWS]
+    return " or ".join(sorted({str(json.loads(f.read_text())["threads"]) for f in files if f.is_file()}))
+
+
 def _one_line(error: str) -> str:
     return re.sub(r"\s+", " ", error).strip()[:200].replace("|", "\\|")
 
@@ -75,7 +80,7 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
         "",
         f"Seconds and peak memory (resident, libraries included) are of the quantization call alone, threads: {', '.join(map(str, threads)) or '–'};",
         "the runs follow one another, width by width. Load is the machine's when the call began: above the threads, other work ran beside, and only",
-        "the CPU seconds compare. ‡: the cell of `tools/bench/evidence.py` on the same data, two threads; its KL is of the checkpoint as written.",
+        f"the CPU seconds compare. ‡: the cell of `tools/bench/evidence.py` on the same data, {_own_threads()} threads; its KL is of the checkpoint as written.",
         "",
         "**The weights are dequantized Q4_1: they lie on an asymmetric 4-bit grid in groups of 32, which favours asymmetric and unrotated 4 bits.**",
         "",
