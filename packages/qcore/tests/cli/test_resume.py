@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch, typer
 from qcore.cli import boundary
-from qcore.cli.quantize import Job, run_quantize
+from qcore.cli._job import Job, run_quantize
 from qcore.cli._run_folder import check_target
 from qcore.evaluation import choose_text
 from qcore.model import LoadedModel, ModelSource, parameters_on_meta
@@ -73,7 +73,7 @@ def cut_save(*args, **options):
         module.write_safetensors = cut
     save(*args, **options)
 
-from qcore.cli.quantize import Steps
+from qcore.cli._job import Steps
 real = Steps.real()
 real.save = cut_save
 job = Job(loaded, recipe, Adapter(), registry, text, eval_tokens=256, window=64, steps=real, stream="stream" in mode, resume="resume" in mode)
