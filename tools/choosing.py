@@ -30,7 +30,7 @@ def _seconds(value: float) -> str:
 
 
 def _divergence(value: float) -> str:
-    return f"{value:.4f}" if value < 0.01 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
 # field → (where in a cell, how it is written)

@@ -87,8 +87,8 @@ def test_figures_are_the_cells_means_and_pieces_without_cells_are_left_out(cells
     page, wrong = tool("choosing").section(TEMPLATE, cells)
     assert not wrong
     assert page == (
-        "## Which\n\n### Measured\n\n- a has 0.020, b has 0.500\n  and takes 70 s.\n- gone is not measured.\n\n"
-        "### Not measured\n\nNot measured yet.\n\n### Last\n\n- a has 0.020 again.\n"
+        "## Which\n\n### Measured\n\n- a has 0.0200, b has 0.500\n  and takes 70 s.\n- gone is not measured.\n\n"
+        "### Not measured\n\nNot measured yet.\n\n### Last\n\n- a has 0.0200 again.\n"
     )
 
 
