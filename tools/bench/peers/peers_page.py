@@ -10,6 +10,7 @@ from evidence import CELLS, ROOT
 
 PAGE = ROOT / "docs" / "evidence" / "peers.md"
 READING = Path(__file__).with_name("reading.md")
+EARLIER = Path(__file__).with_name("measured.json")
 HEAD = "| method | calibration windows | bits per weight | KL to float | ± s.e. | perplexity | top-1 | seconds | CPU seconds | load | peak GB |"
 OWN_ROWS = ("gptq", "awq", "rtn-clip", "rtn")
 TOOLKITS = ("gptqmodel", "llmcompressor", "auto-round", "hqq", "torchao", "torch", "transformers")
@@ -63,6 +64,17 @@ def _versions(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"- {', '.join(f'`{p}`' for p in dict.fromkeys(peers))}: {line}" for line, peers in sorted(sets.items(), key=lambda kv: kv[1])]
 
 
+def _earlier() -> list[str]:
+    """Figures of an earlier run, which no cell stands for."""
+    data = json.loads(EARLIER.read_text())
+    lines = ["## Earlier figures", "", "No cells stand for these; they are shown until all cells are there. " + data["how"], ""]
+    lines += ["| | KL | top-1 | perplexity | seconds | peak GB |", "|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        values = [row.get(k) for k in ("kl", "top1", "perplexity", "seconds", "peak_gb")]
+        lines.append(f"| {row['name']} | {' | '.join('–' if v is None else f'{v:g}' for v in values)} |")
+    return [*lines, ""]
+
+
 def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any, dict[str, Any]], bool]) -> str:
     """Tables by width, each by KL; what failed; what is not measured."""
     there = {c: json.loads(c.file.read_text()) for c in cells if c.file.exists()}
@@ -96,6 +108,8 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
         lines += ["Not measured: " + ", ".join(f"`{c.name}`" for c in absent) + ".", ""] if absent else [""] if failed else []
     if any(not fresh(c, k) for c, k in there.items()):
         lines += ["† made by older code; the script computes it anew.", ""]
+    if EARLIER.is_file() and any(c not in there for c in cells):
+        lines += _earlier()
     if versions := _versions(list(there.values())):
         lines += ["## Versions", "", *versions, ""]
     if READING.is_file():
