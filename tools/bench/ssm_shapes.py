@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import evidence
 import torch
 
 RECIPES = {"rwkv7-0.1b": "w3a16-rwkvquant", "mamba-130m": "mambaquant-w8a8"}
@@ -45,6 +46,7 @@ def run(shape: str, folder: Path) -> None:
     from qcore.plugins import load_registry
     from qcore.recipe_file import load_recipe
 
+    evidence.ROOMS += ["packages/qplug-ssm/src"]
     registry = load_registry()
     recipe = load_recipe(RECIPES[shape], registry)
     meter = MemoryMeter()
@@ -69,6 +71,7 @@ def run(shape: str, folder: Path) -> None:
         "threads": torch.get_num_threads(),
         "sites": len(done.sites),
         "bits": sum(8 * s.nbytes for s in done.sites) / sum(s.shape[0] * s.shape[1] for s in done.sites),
+        "files": evidence.code_files(recipe.name),
     }
     print(json.dumps(record))
 

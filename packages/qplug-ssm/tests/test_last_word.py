@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qcore.errors import CalibrationError
-from qplug_ssm.last_word import last_word_accuracy, passages
+from qplug_ssm.last_word import Passage, last_word_accuracy, last_words, passages
 
 TEXT = "the cat sat on the mats and then went home again. " * 6
 
@@ -37,6 +37,17 @@ def test_a_model_that_knows_the_text_is_always_right_and_one_that_does_not_never
 
     assert last_word_accuracy(knows, items, batch=4) == 1.0
     assert last_word_accuracy(lambda batch: -knows(batch), items, batch=4) == 0.0
+
+
+def test_log_probabilities_are_those_of_all_tokens_of_the_word_and_padding_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    items = [Passage((1, 2, 3), 1), Passage((4, 5, 6, 0, 2), 2)]
+    found = last_words(lambda batch: table[batch["input_ids"]], items)
+    step = table.log_softmax(-1)
+    torch.testing.assert_close(found.log_probability, torch.stack([step[2, 3], step[6, 0] + step[0, 2]]))
+    torch.testing.assert_close(last_words(lambda batch: table[batch["input_ids"]], items, batch=1).log_probability, found.log_probability)
+    assert found.accuracy == found.right.double().mean()
 
 
 def test_a_text_without_passages_is_refused():

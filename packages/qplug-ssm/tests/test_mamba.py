@@ -5,9 +5,10 @@ from functools import cache
 import pytest
 import torch
 import transformers
+from qcore.calibration.observer import Observer, Seen
 from qcore.calibration.observers import AbsMax
 from qcore.calibration.runner import BlockFeed, BlockRunner
-from qcore.errors import SpecError
+from qcore.errors import CalibrationError, SpecError
 from qcore.model.topology import Invariance, Site
 from qcore.testing import check_adapter
 from qcore.testing.models import randomize
@@ -136,6 +137,20 @@ def test_scan_is_its_recurrence_and_goes_on_from_any_state():
     torch.testing.assert_close(last, h, rtol=1e-12, atol=1e-12)
 
 
+def observed(model: nn.Module, batch: Tensor, wanted: dict[Site, tuple[Observer, ...]]) -> dict[Site, Seen]:
+    """What observers see in the first block."""
+    adapter = MambaAdapter()
+    feed = BlockFeed(model, adapter, adapter.topology(model).blocks, [batch])
+    feed.start()
+    return BlockRunner(feed, 0, model.get_submodule(feed.blocks[0].module)).observe(wanted)
+
+
+def test_a_site_whose_tap_never_fires_is_an_error():
+    # a readout has h and c, and no q
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mixer\.readout"):
+        observed(prepared(vim()), IDS % 32, {Site("layers.0.mixer.readout", "q"): (AbsMax(),)})
+
+
 def rows_seen(model: nn.Module, batch: Tensor, sites: list[Site]) -> dict[Site, int]:
     class Count(AbsMax):
         name = "count"
@@ -149,10 +164,7 @@ def rows_seen(model: nn.Module, batch: Tensor, sites: list[Site]) -> dict[Site, 
         def result(self):
             return self.rows
 
-    adapter = MambaAdapter()
-    feed = BlockFeed(model, adapter, adapter.topology(model).blocks, [batch])
-    feed.start()
-    seen = BlockRunner(feed, 0, model.get_submodule(feed.blocks[0].module)).observe({s: (Count(),) for s in sites})
+    seen = observed(model, batch, {s: (Count(),) for s in sites})
     return {s: seen[s]["count"] for s in sites}
 
 
@@ -164,3 +176,13 @@ def test_calibration_sees_every_row_at_conv_dt_proj_and_h():
     seen = rows_seen(model, ids, sites)
     # a causal convolution of 4 gives 3 outputs beyond its input: it is called with padding on both sides
     assert seen == {sites[0]: 2 * 53, sites[1]: 100, sites[2]: 100, sites[3]: 100}
+
+
+def test_calibration_sees_every_row_of_both_directions():
+    ids = torch.randint(3, 32, (2, 50), generator=torch.Generator().manual_seed(1))
+    mixer = "layers.0.mixer"
+    both = [Site(f"{mixer}.{n}", t) for n, t in (("dt_proj", "input"), ("dt_proj_b", "input"), ("readout", "h"), ("readout_b", "h"))]
+    assert rows_seen(prepared(vim()), ids, both) == dict.fromkeys(both, 100)
+    # one set of parts reads the sequence both ways: δ is made once, the state twice
+    mirror = [Site(f"{mixer}.{n}", t) for n, t in (("dt_proj", "input"), ("readout", "h"), ("readout_mirror", "h"), ("readout_mirror", "c"))]
+    assert rows_seen(mirrored(), ids, mirror) == dict.fromkeys(mirror, 100)

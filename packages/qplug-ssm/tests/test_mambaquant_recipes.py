@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from qcore.checkpoint import load, save
+from qcore.modules.tapped import QuantizedTap
 from qcore.pipeline import load_in_memory, quantize_model
 from qcore.plan import make_plan
 from qcore.plugins import load_registry
@@ -69,10 +70,31 @@ def test_a_whole_run_is_planned_quantizes_every_weight_and_loads_again(name, mod
     done = quantized(model, recipe)
     assert {s.site.rpartition(".")[2] for s in done.sites} == {f"{n}:weight" for n in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
     kinds = {type(m).__name__ for m in done.model.modules()}
-    assert {"QuantizedLinear", "QuantizedConv", "QuantizedTap", "RotatedReadout", "SmoothSiLU", "OnlineHadamard"} <= kinds
+    assert {"QuantizedLinear", "QuantizedConv", "QuantizedTap", "RotatedReadout", "SmoothSiLU", "OnlineHadamard", "SubtractMean"} <= kinds
     save(done.model, tmp_path / "out")
     skeleton = copy.deepcopy(model)
     MambaAdapter().prepare(skeleton)
     back = load(tmp_path / "out", skeleton=skeleton)
     with torch.no_grad():
         torch.testing.assert_close(back(HELD_OUT), done.model(HELD_OUT))
+
+
+def test_activations_are_static_and_span_the_percentile_of_their_histogram(model):
+    """99.9999 % of the values at each end; so few rows hold no millionth, and the range is that of the extremes."""
+    recipe = load_recipe("mambaquant-w8a8", load_registry(), ("transforms=[]",))
+    assert all(r.observer is None or (type(r.observer).__name__, r.observer.q) == ("Percentile", 0.999999) for r in recipe.rules)
+    done = quantized(model, recipe).model
+    largest = max(float(model.layers[0].norm(model.embed(batch)).abs().max()) for batch in BATCHES)
+    scale = done.layers[0].mixer.in_proj.stored()["input.scale"].flatten()
+    assert scale.shape == (1,) and float(scale) == pytest.approx(largest / 127, rel=2e-3)
+
+
+def test_h_and_c_may_have_a_scale_for_each_token(model):
+    rule = 'rules.{}={{sites="*.readout*:{}", format={{name="int", bits=8}}, granularity="token", when="dynamic"}}'
+    recipe = load_recipe("mambaquant-w8a8", load_registry(), (rule.format(2, "h"), rule.format(3, "c")))
+    done = quantized(model, recipe).model
+    taps = [m for m in done.modules() if isinstance(m, QuantizedTap)]
+    assert len(taps) == 4 and all(t.spec.when == "dynamic" and not t.parts for t in taps)
+    # a token's own scale is never larger than that of the tensor, but for the clipped millionth
+    static = error(model, quantized(model, load_recipe("mambaquant-w8a8", load_registry())).model)
+    assert error(model, done) <= 1.05 * static

@@ -21,10 +21,11 @@ def qcore_sources():
 
 @hookimpl
 def qcore_modules():
+    from qplug_ssm.centre import SubtractMean
     from qplug_ssm.elementwise import QuantizedElementwise
     from qplug_ssm.readout import RotatedReadout, SmoothSiLU
 
-    return [QuantizedElementwise, RotatedReadout, SmoothSiLU]
+    return [QuantizedElementwise, RotatedReadout, SmoothSiLU, SubtractMean]
 
 
 @hookimpl
@@ -37,10 +38,12 @@ def qcore_observers():
 
 @hookimpl
 def qcore_transforms():
+    from qplug_ssm.centre import CentreDelta
+    from qplug_ssm.gain import GainSmooth
     from qplug_ssm.klt import KLTRotate
     from qplug_ssm.mambaquant import MambaSmooth, StateRotate
 
-    return [KLTRotate, MambaSmooth, StateRotate]
+    return [CentreDelta, GainSmooth, KLTRotate, MambaSmooth, StateRotate]
 
 
 @hookimpl

@@ -1,8 +1,9 @@
 """MambaQuant's transforms: smoothing whose scales the neighbours absorb, and rotations of the state.
 
-Source: https://arxiv.org/abs/2501.13484.  Residual and Δ are rotated by `KLTRotate`, the input of out_proj by qcore's `HadamardRotate(online=…)`.
-All are exact rewrites, of the scope "model": smoothing comes first, then rotations, in the order of the recipe.
-Left out: S1 (the last rescaling of norm gains), which divides weights by their own maxima after the rotation, and the subtraction of means (Vim).
+Source: https://arxiv.org/abs/2501.13484.  Residual and Δ are rotated by `KLTRotate`, the input of out_proj by qcore's `HadamardRotate(online=…)`; the
+mean of δ is subtracted by `CentreDelta`, norm gains are smoothed by `GainSmooth` (S1).
+All are exact rewrites, of the scope "model", in the order of the recipe: smoothing first, then rotations, then means, S1 last.  An order that would
+not keep the function, or undo what came before, is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from qplug_ssm.mixer import SelectiveMixer
 from qplug_ssm.mixer2 import HeadMixer
+from qplug_ssm.readout import RotatedReadout
 
 LOWEST, HIGHEST = 1e-2, 1e2
 
@@ -85,6 +87,8 @@ class MambaSmooth(Transform):
 
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         rewrite, notes = Rewrite(), []
+        if self.states:
+            _require_unrotated(topology, model)
         for smooth in self._plain():
             rewrite = rewrite.then(smooth.fit(topology, specs, seen, model, reader))
         for path, mixer in mixers(topology, model):
@@ -119,6 +123,14 @@ class MambaSmooth(Transform):
             c = torch.stack([seen_at(Site(f"{path}.{r}", "c"), AbsMax.name, seen).double() for r in tails]).amax(0)
             rewrite = rewrite.then(scale_link(link, 1 / smoothing(h, c, self.alpha)))
         return rewrite
+
+
+def _require_unrotated(topology: Topology, model: nn.Module) -> None:
+    """SpecError where states are rotated at run time already: a scale for each state does not commute with that."""
+    for path in readouts(topology):
+        readout = model.get_submodule(path)
+        if isinstance(readout, RotatedReadout) and readout.over_states is not None:
+            raise SpecError(f"{path}: its states are rotated already, and scales do not pass a rotation; put mamba-smooth before state-rotate")
 
 
 def smoothing(x: Tensor, w: Tensor, alpha: float) -> Tensor:
