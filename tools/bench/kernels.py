@@ -5,8 +5,8 @@
 
 The second measures all: about five minutes on a machine that does nothing else.
 
-Peers: ONNX Runtime (MatMulNBits) and ggml (Q4_0, Q4_K) where they are found.  They are not in the workspace's lock; `tools/bench/peers/make_env.sh ggml
-FOLDER` and `… onnxruntime FOLDER` make folders for `--peers`.  Peers that were absent are named in the table.
+Peers: ONNX Runtime (MatMulNBits) and ggml (Q4_0, Q4_K) where they are found.  They are not in the workspace's lock; peers/make_env.sh makes folders
+for `--peers`, see peers/README.md.  Peers that were absent are named in the table.
 
 All candidates of one layer and number of rows run in turn, call by call, so a busy moment hits all of them alike; the median and the 10th and 90th
 percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of int8 inputs include
@@ -49,7 +49,7 @@ COLD = 96 << 20  # bytes
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a layer: the bytes of its weight, a maker of calls on copies of it, and the exact result for its weight where that is known."""
+    """One way to compute a layer: the bytes of its weight, a maker of calls on copies of it, and the exact result where it is known."""
 
     size: int
     make: Callable[[], Callable[[], torch.Tensor]]

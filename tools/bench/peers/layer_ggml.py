@@ -1,7 +1,7 @@
 """ggml's product of a quantized weight with float32 inputs (it rounds them to 8 bits itself), through its C interface.
 
-The library comes from a folder that holds libggml-base.so and libggml-cpu.so: the one in QCORE_GGML, or that of `llama-cpp-python` or `libggml-python`
-on the path.  `make_env.sh ggml FOLDER` builds the first for the processor at hand; the wheel of the second on PyPI is built for AVX2.
+The library comes from a folder that holds libggml-base.so and libggml-cpu.so: the one in QCORE_GGML, or that of `llama-cpp-python` or
+`libggml-python` on the path.  `make_env.sh ggml FOLDER` builds the first for the processor at hand; the wheel of the second on PyPI is built for AVX2.
 """
 
 import ctypes
@@ -45,17 +45,8 @@ def _library() -> Any:
     where = folder()
     if where is None:
         raise ModuleNotFoundError("no libggml-cpu.so: make_env.sh ggml FOLDER makes one, QCORE_GGML names its folder")
-    pointers = [
-        "init",
-        "new_tensor_2d",
-        "mul_mat",
-        "new_graph",
-        "get_data",
-        "get_mem_buffer",
-        "backend_alloc_ctx_tensors_from_buft",
-        "backend_cpu_buffer_type",
-    ]
-    pointers += ["backend_cpu_reg", "backend_reg_dev_get", "backend_reg_get_proc_address"]
+    pointers = ("init", "new_tensor_2d", "mul_mat", "new_graph", "get_data", "backend_alloc_ctx_tensors_from_buft", "backend_cpu_buffer_type")
+    pointers += ("backend_cpu_reg", "backend_reg_dev_get", "backend_reg_get_proc_address")
     libraries = [CDLL(str(where / name), mode=ctypes.RTLD_GLOBAL) for name in ("libggml-base.so", "libggml-cpu.so")]
 
     class Functions:
