@@ -1,7 +1,7 @@
 """ggml's product of a quantized weight with float32 inputs (it rounds them to 8 bits itself), through its C interface.
 
-The library comes from a folder that holds libggml-base.so and libggml-cpu.so: the one in QCORE_GGML, or that of `llama-cpp-python` or
-`libggml-python` on the path.  `make_env.sh ggml FOLDER` builds the first for the processor at hand; the wheel of the second on PyPI is built for AVX2.
+The library comes from a folder with libggml-base.so and libggml-cpu.so: the one in QCORE_GGML, or that of `llama-cpp-python` or `libggml-python` on
+the path.  `make_env.sh ggml FOLDER` builds the first for the processor at hand; the wheel of the second on PyPI is built for AVX2.
 """
 
 import ctypes
