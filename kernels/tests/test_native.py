@@ -213,7 +213,7 @@ def test_the_number_of_threads_changes_no_bit():
         (lambda w, s: panels.pack(w, s.double(), bits=4), r"scale: has shape .* torch.float64; allowed: .*float32, float16, bfloat16"),
         (lambda w, s: panels.pack(w, torch.ones(16, 3), bits=4), r"scale: has shape \[16, 3\].* groups of K=64"),
         (lambda w, s: panels.pack(w, torch.ones(16, 16), bits=4), "16 groups of K=64 are 4 inputs each; allowed: multiples of 8 for 4 bits"),
-        (lambda w, s: panels.pack(w, s, torch.ones(16, 1), bits=4), r"shift: has shape \[16, 1\]; allowed: that of scale, \[16, 2\]"),
+        (lambda w, s: panels.pack(w, s, torch.ones(16, 1), bits=4), r"shift: has shape \[16, 1\], float32; allowed: \[16, 2\]"),
         (lambda w, s: panels.pack(w * 0 + 9, s, bits=4), "codes: run from 9 to 9; allowed: -8 … 7"),
         (lambda w, s: weight_linear.cpu.weight_linear(torch.zeros(2, 63), panels.pack(w, s, bits=4)), r"x: has shape \[2, 63\].*\[\.\.\., 64\]"),
         (lambda w, s: weight_linear.cpu.weight_linear(torch.zeros(2, 64).double(), panels.pack(w, s, bits=4)), "torch.float64.*float32, float16"),

@@ -178,7 +178,10 @@ def test_inputs_may_be_strided_or_empty(rand):
         (lambda x, w, s: weight_gpu.weight_linear(x, w, s, bits=3), "bits: got 3; allowed: 4, 8"),
         (lambda x, w, s: weight_gpu.weight_linear(x.float(), w, s, bits=4), "x: has shape .* float32; allowed: .* float16, bfloat16"),
         (lambda x, w, s: weight_gpu.weight_linear(x, w[:, 1:], s, bits=4), r"words: has shape \[16, 7\], int32; allowed: \[any, 8\]"),
-        (lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 4), bits=4), "group: got 8; allowed: multiples of 16"),
+        (
+            lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 4), bits=4),
+            "scale: has 8 groups of 8 inputs; allowed: .* multiples of 16",
+        ),
         (lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 3), bits=4), "scale: has 6 groups; allowed: a divisor of K=64"),
         (lambda x, w, s: weight_gpu.weight_linear(x, w.to("meta"), s, bits=4), "words: is on meta; allowed: "),
         (lambda x, w, s: fp4_gpu.fp4_linear(x, w.view(torch.uint8), torch.zeros(16, 4)), "scale: has shape"),

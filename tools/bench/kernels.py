@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,7 +136,9 @@ def copies(found: dict[str, Candidate], rows: int) -> int:
     return max(1, -(-COLD // sum(c.size for c in found.values()))) if rows == 1 else 1
 
 
-def in_turn(found: dict[str, Candidate], count: int, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+def in_turn(
+    found: dict[str, Candidate], count: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(milliseconds of each candidate, one call of each after the other; name → why it failed)"""
     working: dict[str, list[Callable[[], Any]]] = {}
     failed = {}
@@ -153,14 +154,14 @@ def in_turn(found: dict[str, Candidate], count: int, seconds: float) -> tuple[di
     while i < 9 or time.perf_counter() - started < seconds:
         for name, own in working.items():
             call = own[i % len(own)]
-            before = time.perf_counter()
+            before = clock()
             call()
-            times[name].append(1e3 * (time.perf_counter() - before))
+            times[name].append(1e3 * (clock() - before))
         i += 1
     return times, failed
 
 
-def layers(seconds: float, only: str = "") -> tuple[list[dict[str, Any]], dict[str, str]]:
+def layers(seconds: float, only: str = "", clock: Callable[[], float] = time.perf_counter) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(one record for each shape, number of rows and candidate; candidate → why it is absent, with the shape)"""
     rows, absent = [], {}
     for shape, (n, k, group) in SHAPES.items():
@@ -168,7 +169,7 @@ def layers(seconds: float, only: str = "") -> tuple[list[dict[str, Any]], dict[s
             continue
         for t in ROWS:
             found, missing = candidates(n, k, group, t)
-            times, failed = in_turn(found, copies(found, t), seconds)
+            times, failed = in_turn(found, copies(found, t), seconds, clock)
             absent |= {f"{name}, {shape}": why for name, why in (missing | failed).items()}
             for name, own in times.items():
                 ms, cuts = statistics.median(own), statistics.quantiles(own, n=10)
@@ -193,38 +194,39 @@ def tokens_per_second(models: dict[str, Any], new: int = 64, prompt: int = 16, r
     return speeds
 
 
-def generate(uri: str, checkpoint: Path) -> dict[str, dict[str, float]]:
-    """Tokens a second of a model as floats and of its checkpoint in 4 bits: median, least and most."""
-    from qcore.checkpoint import load
+def served(uri: str, dtype: torch.dtype, recipe: str | None = None, kernel: str | None = None) -> Any:
+    """The model, quantized by the recipe where there is one, ready to run in dtype."""
     from qcore.model import load_source, materialize
-    from qcore.modules import serve_in
+    from qcore.modules import QuantizedLinear, serve_in
+    from qcore.pipeline import quantize_model
     from qcore.plugins import load_registry
+    from qcore.recipe_file import load_recipe
 
     own = load_registry()
-    models = {}
-    for name, dtype, kernel in (
-        ("W4, float32", torch.float32, None),
-        ("W4, bfloat16", torch.bfloat16, None),
-        ("W4, float32, inputs rounded to int8 by wish", torch.float32, "native-int8-by-wish"),
-    ):
-        models[name] = load(checkpoint, registry=own, kernel=kernel)
-        serve_in(models[name], dtype)
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        loaded = load_source(uri, own.sources)
+    loaded = load_source(uri, own.sources)
+    if recipe is None:
         if any(p.is_meta for p in loaded.model.parameters()):
             materialize(loaded.model, "", loaded.reader)
-        serve_in(loaded.model, dtype)
-        models[name] = loaded.model
+        model = loaded.model
+    else:
+        model = quantize_model(loaded, load_recipe(recipe, own), [], registry=own).model
+    serve_in(model, dtype)
+    for module in model.modules() if kernel else ():
+        if isinstance(module, QuantizedLinear):
+            module.bind([k() for k in own.kernels.values()], dtype=dtype, wish=kernel)
+    return model
+
+
+def generate(uri: str) -> dict[str, dict[str, float]]:
+    """Tokens a second of a model as floats and with weights in 4 bits (w4a16-rtn: speed does not depend on how codes were found)."""
+    models = {
+        "float32": served(uri, torch.float32),
+        "bfloat16": served(uri, torch.bfloat16),
+        "W4, float32": served(uri, torch.float32, "w4a16-rtn"),
+        "W4, bfloat16": served(uri, torch.bfloat16, "w4a16-rtn"),
+        "W4, float32, inputs rounded to int8 by wish": served(uri, torch.float32, "w4a16-rtn", "native-int8-by-wish"),
+    }
     return {name: {"median": statistics.median(v), "least": min(v), "most": max(v)} for name, v in tokens_per_second(models).items()}
-
-
-def quantized(uri: str, folder: str) -> Path:
-    """A checkpoint of the model in 4 bits, groups as the recipe has them, made here: speed does not depend on how codes were found."""
-    from qcore.cli import main as qcore
-
-    if status := qcore(["quantize", uri, "-r", "w4a16-rtn", "-o", f"{folder}/w4"]):
-        raise SystemExit(status)
-    return Path(folder) / "w4"
 
 
 def verdicts(record: dict[str, Any], shape: str) -> list[str]:
@@ -262,7 +264,8 @@ def table(record: dict[str, Any]) -> str:
         "# Kernels",
         "",
         "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md --generate zoo:smollm2-135m`.",
-        "Milliseconds, medians of calls in turn (10th and 90th percentile: kernels.json); int8 inputs with their rounding.",
+        f"Milliseconds{' that the thread ran' if record.get('clock') == 'thread' else ''}, medians of calls in turn (10th and 90th percentile: kernels.json); "
+        "int8 inputs with their rounding.",
         f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}. "
         f"torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s, the fastest kernel below {bandwidth(record):.1f}.",
         "",
@@ -310,26 +313,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each shape and number of rows")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--peers", type=Path, action="append", default=[], help="folder of Python packages that bring a peer")
+    parser.add_argument("--cpu-time", action="store_true", help="of layers: count the time that the thread ran, as on a machine that others use too")
     parser.add_argument("--generate", metavar="MODEL", help="measure tokens a second too")
-    parser.add_argument("--checkpoint", type=Path, help="of that model in 4 bits; without it one is made by w4a16-rtn")
     parser.add_argument("--no-layers", action="store_true", help="leave out the layers")
     parser.add_argument("--json", type=Path, help="write here; what is not measured now is kept")
     parser.add_argument("--table", type=Path, help="write the table of all that is in --json here")
     options = parser.parse_args(argv)
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time counts the calling thread alone, so it needs --threads 1")
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     sys.path += [str(p) for p in options.peers]
     record: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"rows": []}
     record |= {"machine": machine(), "threads": options.threads, "load": round(os.getloadavg()[0], 1)}
     with torch.no_grad():
         if not options.no_layers:
-            record |= {"peers": peer_versions(), "read_gb_s": read_bandwidth(0.5)}
-            record["rows"], record["absent"] = layers(options.seconds, options.only)
+            record |= {"peers": peer_versions(), "read_gb_s": read_bandwidth(0.5), "clock": "thread" if options.cpu_time else "wall"}
+            record["rows"], record["absent"] = layers(options.seconds, options.only, clock)
             for name, why in record["absent"].items():
                 print(f"absent: {name}: {why}", file=sys.stderr)
         if options.generate:
-            with tempfile.TemporaryDirectory() as folder:
-                speeds = generate(options.generate, options.checkpoint or quantized(options.generate, folder))
-            record |= {"model": options.generate, "tokens_per_second": speeds}
+            record |= {"model": options.generate, "tokens_per_second": generate(options.generate)}
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.table:
