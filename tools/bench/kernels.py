@@ -136,9 +136,10 @@ def copies(found: dict[str, Candidate], rows: int) -> int:
     return max(1, -(-COLD // sum(c.size for c in found.values()))) if rows == 1 else 1
 
 
-def in_turn(
-    found: dict[str, Candidate], count: int, seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+Times = dict[str, list[float]]
+
+
+def in_turn(found: dict[str, Candidate], count: int, seconds: float, clock: Callable[[], float]) -> tuple[Times, dict[str, str]]:
     """(milliseconds of each candidate, one call of each after the other; name → why it failed)"""
     working: dict[str, list[Callable[[], Any]]] = {}
     failed = {}
@@ -264,8 +265,8 @@ def table(record: dict[str, Any]) -> str:
         "# Kernels",
         "",
         "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md --generate zoo:smollm2-135m`.",
-        f"Milliseconds{' that the thread ran' if record.get('clock') == 'thread' else ''}, medians of calls in turn (10th and 90th percentile: kernels.json); "
-        "int8 inputs with their rounding.",
+        f"Milliseconds{' that the thread ran' if record.get('clock') == 'thread' else ''}, medians of calls in turn "
+        "(10th and 90th percentile: kernels.json); int8 inputs with their rounding.",
         f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}. "
         f"torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s, the fastest kernel below {bandwidth(record):.1f}.",
         "",
