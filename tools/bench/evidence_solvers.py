@@ -47,8 +47,19 @@ METHODS = {
     "gptvq-2d": ("w2a16-gptvq", (), "GPTVQ of pairs, tiles of 1024"),
     "gptvq-4d": ("w2a16-gptvq", _VECTORS, "GPTVQ of vectors of 4, tiles of 32768"),
 }
+# label → (recipe, overrides, what it is): recipes of neighbouring methods, beside the same setting without their idea
+NEIGHBOURS = {
+    "w8a8-static": ("spike-aware-w8a8", ("allocator.limit=1e9",), "8-bit weights per channel, static 8-bit inputs per tensor, nearest"),
+    "spike-aware-w8a8": ("spike-aware-w8a8", (), "… and FP8 where activation spikes stand out"),
+    "w4a8-channel": ("rtn-w4a8", ('rules.0.granularity="channel"',), "4-bit weights per channel, dynamic 8-bit inputs per token, nearest"),
+    "qllm-w4a8": ("qllm-w4a8", (), "… channels reassembled, low-rank tuning (QLLM)"),
+    "mobilequant-w4a8": ("mobilequant-w4a8", (), "all scales static: scales, clipping, ranges learned (MobileQuant)"),
+    "zeroquant-fp-w4a8": ("zeroquant-fp-w4a8", (), "FP4 in groups of 64 under powers of two by GPTQ, FP8 inputs (ZeroQuant-FP)"),
+    "w2a16-pbllm": ("w2a16-pbllm", (), "1-bit weights, a tenth of them in 8 bits (PB-LLM)"),
+}
+_ON_SMOLLM2 = ("w8a8-static", "spike-aware-w8a8")  # whose input spikes are real; the learned ones take half an hour there
 _AT_2_ONLY = ("gptvq-2d", "gptvq-4d")
-_ONE_SEED = ("rtn-clip", "hqq", "gptvq-4d")  # no data, or minutes a cell
+_ONE_SEED = ("rtn-clip", "hqq", "lwc", "adaround", "gptvq-4d")  # no data, or minutes a cell
 _BUDGETS = (3.0, 3.25, 3.5)
 _METRICS = ("mse", "output", "fisher", "taylor", "hessian-trace", "cca", "pruning", "spikes")
 
@@ -71,6 +82,9 @@ def matrix() -> list[Cell]:
                 cells.append(Cell("tiny-llama", f"mixed-3.25-{metric}", "mixed", ("allocator.bits=3.25", f"allocator.metric={metric}"), **tiny))  # type: ignore[arg-type]
             for choose in ("greedy", "prefix"):
                 cells.append(Cell("tiny-llama", f"mixed-3.25-kl-{choose}", "mixed", ("allocator.bits=3.25", f"allocator.choose={choose}"), **tiny))  # type: ignore[arg-type]
+    for label, (recipe, extra, _) in NEIGHBOURS.items():
+        cells.append(Cell("tiny-llama", f"neighbours-{label}", recipe, extra, **tiny))  # type: ignore[arg-type]
+    cells += [Cell("smollm2-135m", f"neighbours-{label}", NEIGHBOURS[label][0], NEIGHBOURS[label][1]) for label in _ON_SMOLLM2]
     cells += [
         Cell("smollm2-135m", "solvers-w2-gptq", "w2a16-gptq"),
         Cell("smollm2-135m", "solvers-w2-gptvq-2d", "w2a16-gptvq"),
@@ -104,7 +118,9 @@ def page(cells: Sequence[Cell]) -> str:
         ]
         if known := [row for row in rows if row[2]]:
             lines += [f"## tiny-llama, {bits} bits", "", *_table(known, base), ""]
-    uniform = [(f"uniform, w{b} GPTQ", "3 bits everywhere", there[("tiny-llama", f"solvers-w{b}-gptq")]) for b in (3,)]
+    if some is not None:
+        lines += ["![KL divergence against size](solvers.svg)", ""]
+    uniform = [("uniform, w3 GPTQ", "3 bits everywhere", there[("tiny-llama", "solvers-w3-gptq")])]
     mixed = [
         (f"mixed {budget}", "2, 3, 4 or 6 bits; KL by substitution, knapsack", there[("tiny-llama", f"mixed-{budget}-kl")]) for budget in _BUDGETS
     ]
@@ -115,7 +131,19 @@ def page(cells: Sequence[Cell]) -> str:
         lines += ["## tiny-llama, mixed precision", "", *_table(known, there[("tiny-llama", "solvers-w3-gptq")]), ""]
     if some is not None:
         lines += [f"Float perplexity of tiny-llama: {some['scores']['perplexity_reference']:.2f}.", ""]
-    large = [(label.removeprefix("solvers-"), "", own) for (model, label), own in there.items() if model == "smollm2-135m" and own]
+    for model in ("tiny-llama", "smollm2-135m"):
+        known = [
+            (label, words, there[(model, f"neighbours-{label}")])
+            for label, (*_, words) in NEIGHBOURS.items()
+            if there.get((model, f"neighbours-{label}"))
+        ]
+        if known:
+            lines += [f"## {model}, recipes of neighbouring methods", "", *_table(known, []), ""]
+    large = [
+        (label.removeprefix("solvers-"), "", own)
+        for (model, label), own in there.items()
+        if model == "smollm2-135m" and label.startswith("solvers") and own
+    ]
     if large:
         lines += ["## smollm2-135m, 2 bits", "", *_table(large, there[("smollm2-135m", "solvers-w2-gptq")]), ""]
         lines += [f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1.", ""]
@@ -123,6 +151,39 @@ def page(cells: Sequence[Cell]) -> str:
     if reading.exists():
         lines += [reading.read_text(encoding="utf-8").strip(), ""]
     return "\n".join(lines)
+
+
+def picture(cells: Sequence[Cell]) -> None:
+    """solvers.svg: KL divergence against size on tiny-llama, weights alone; the Pareto front is joined."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qcore"  # the same cells give the same bytes
+    from matplotlib import pyplot
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    for c in cells:
+        if c.model == "tiny-llama" and c.label.startswith(("solvers", "mixed")) and c.file.exists():
+            kept = json.loads(c.file.read_text())
+            found.setdefault(c.label.removeprefix("solvers-"), []).append((kept["bits"], kept["scores"]["kl"]))
+    points = {label: (own[0][0], mean(kl for _, kl in own)) for label, own in found.items()}
+    if not points:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for kind, marker in (("w2", "o"), ("w3", "s"), ("mixed", "^")):
+        own = [p for label, p in points.items() if label.startswith(kind)]
+        axes.scatter(
+            [p[0] for p in own], [p[1] for p in own], marker=marker, label={"w2": "2 bits", "w3": "3 bits", "mixed": "mixed precision"}[kind]
+        )
+    for label, (bits, kl) in points.items():
+        axes.annotate(label, (bits, kl), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    front = sorted(p for p in points.values() if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points.values()))
+    axes.plot([p[0] for p in front], [p[1] for p in front], color="grey", linewidth=0.8, label="Pareto front")
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits per quantized weight")
+    axes.set_ylabel("KL divergence to float")
+    axes.legend()
+    figure.savefig(PAGE.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _table(rows: Sequence[tuple[str, str, list[dict[str, Any]]]], base: list[dict[str, Any]]) -> list[str]:
@@ -170,6 +231,7 @@ def main() -> int:
         s = result["scores"]
         print(f"{cell.name}: KL {s['kl']:.4f} bits {result['bits']:.3f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
     PAGE.write_text(page(cells), encoding="utf-8")
+    picture(cells)
     return 0
 
 

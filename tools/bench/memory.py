@@ -26,7 +26,7 @@ CELLS = ROOT / "docs" / "evidence" / "memory"
 
 @dataclass(frozen=True)
 class Cell:
-    """A Llama shape, a recipe and a budget.  samples: calibration sequences of 512 tokens, 0 = none"""
+    """A Llama shape, a recipe and a budget ("smallest": the least that `plan` accepts).  samples: calibration sequences of 512 tokens, 0 = none"""
 
     name: str
     hidden: int
@@ -61,6 +61,8 @@ MATRIX = [
     Cell("rtn-1gb", 2048, 10, 5632, 16, 4, 32000, "w4a16-rtn", "2GiB"),
     Cell("rtn-8gb", 4096, 19, 11008, 32, 32, 32000, "w4a16-rtn", "3GiB"),
     Cell("gptq-0.3b", 1024, 20, 2816, 16, 8, 32000, "w4a16-gptq", "3GiB", samples=32),
+    Cell("rtn-1gb-tight", 2048, 10, 5632, 16, 4, 32000, "w4a16-rtn", "smallest"),
+    Cell("gptq-0.3b-tight", 1024, 20, 2816, 16, 8, 32000, "w4a16-gptq", "smallest", samples=32),
     Cell("gptq-1b", 2048, 18, 8192, 32, 8, 32000, "w4a16-gptq", "4GiB", samples=32),
 ]
 
@@ -125,13 +127,20 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     source, out = scratch / "model", scratch / "out"
     source.mkdir()
     weights = generate(cell, source)
-    shared = [str(source), "-r", cell.recipe, "--max-ram", cell.max_ram, "--json", "--set", "rules.0.granularity.size=128"]
+    shared = [str(source), "-r", cell.recipe, "--json", "--set", "rules.0.granularity.size=128"]
     if cell.samples:
         from qzoo.source import TEXT
 
         shared += ["--calib", str(TEXT / "calib.txt"), "--eval", str(TEXT / "eval.txt"), "--set", f"calibration.samples={cell.samples}"]
         shared += ["--set", "calibration.starts=0"]
-    plan = json.loads(subprocess.run([sys.executable, "-m", "qcore", "plan", *shared], capture_output=True, text=True, check=True).stdout)
+
+    def planned(*more: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "qcore", "plan", *shared, *more]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    budget = f"{planned('--stream')['memory']['smallest_bytes']}B" if cell.max_ram == "smallest" else cell.max_ram
+    shared += ["--max-ram", budget]
+    plan = planned()
     command = [sys.executable, "-m", "qcore", "quantize", *shared, "-o", str(out), "--eval-tokens", "512"]
     started, samples = time.monotonic(), []
     with open(scratch / "report.json", "w") as said, open(scratch / "errors.txt", "w") as errors:
@@ -164,14 +173,13 @@ def picture() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "qcore"
     from matplotlib import pyplot as plt
-    from qcore.budget import parse_bytes
 
     figure, axes = plt.subplots(figsize=(8, 4))
     for file in sorted(CELLS.glob("*.json")):
         data = json.loads(file.read_text())
-        limit = parse_bytes(data["cell"]["max_ram"]) / 2**30
+        limit = data["estimate"]["limit_bytes"] / 2**30
         end = data["over_time"][-1][0]
-        label = f"{file.stem}: {data['weights_bytes'] / 1e9:.1f} GB of weights, budget {data['cell']['max_ram']}, {end:.0f} s"
+        label = f"{file.stem}: {data['weights_bytes'] / 1e9:.1f} GB of weights, budget {limit:.2f} GiB, {end:.0f} s"
         axes.plot([s[0] / end for s in data["over_time"]], [s[1] / limit for s in data["over_time"]], label=label)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xlabel("share of the run")
@@ -196,7 +204,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             data = measure(cell, Path(scratch))
         (CELLS / f"{cell.name}.json").write_text(json.dumps(data, indent=1) + "\n")
-        print(f"{cell.name}: peak {data['memory']['peak_bytes'] / 2**30:.2f} GiB of {cell.max_ram}", flush=True)
+        print(f"{cell.name}: peak {data['memory']['peak_bytes'] / 2**30:.2f} GiB of {data['estimate']['limit_bytes'] / 2**30:.2f}", flush=True)
     if any(CELLS.glob("*.json")):
         picture()
 

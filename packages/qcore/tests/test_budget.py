@@ -1,5 +1,7 @@
 """Budgets: what is parsed, what is refused, and that streaming is chosen where memory is short."""
 
+from dataclasses import replace
+
 import pytest
 from qcore.budget import Footprint, choose_budget, parse_bytes, too_small
 from qcore.errors import SpecError
@@ -46,9 +48,13 @@ def test_a_limit_that_is_too_small_is_refused_with_the_smallest_that_would_do():
     assert too_small(PRINT, PRINT.streamed) is None
     problem = too_small(PRINT, PRINT.streamed - 1)
     assert problem is not None
-    smallest = problem.rpartition("--max-ram ")[2]
-    assert too_small(PRINT, parse_bytes(smallest)) is None
+    smallest = parse_bytes(problem.rpartition("--max-ram ")[2])
+    assert too_small(PRINT, smallest) is None
+    assert abs(smallest - choose_budget(PRINT, None).smallest) < 1 << 10
+    # another process that has imported a little more finds the same limit enough
+    assert too_small(replace(PRINT, base=PRINT.base + (10 << 20)), smallest) is None
     assert too_small(PRINT, PRINT.streamed, streams=False) is not None
+    assert choose_budget(PRINT, None, streams=False).smallest > PRINT.in_memory
 
 
 def test_the_plan_says_what_will_be_done():

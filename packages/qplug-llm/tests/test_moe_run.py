@@ -9,8 +9,8 @@ import torch
 from qcore.checkpoint import MANIFEST, load, save
 from qcore.checkpoint.journal import Journal
 from qcore.cli import main
+from qcore.cli._records import leaf_of
 from qcore.cli._show import heat_map
-from qcore.cli.quantize import leaf_of
 from qcore.errors import CheckpointError
 from qcore.model import adapter_for, load_source
 from qcore.pipeline import load_in_memory, quantize_model

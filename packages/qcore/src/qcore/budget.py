@@ -22,6 +22,7 @@ from qcore.numbers.granularity import Shape
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LATER = 250 << 20  # what is imported after the plan, and what the allocator does not give back
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+_NOISE = 16 << 20  # by which two processes that have done the same differ
 _KEEP = 2 << 30  # outputs inside a block that are worth keeping
 _SOLVE_WEIGHT, _SOLVE_GRAM = 4.5, 4.5  # float32 values for each of N·K and of K²
 
@@ -121,12 +122,14 @@ class Budget:
 
     stream: one block in memory at a time
     keep:   bytes of outputs inside a block that may be kept
+    smallest: the least limit that every plan of this run accepts
     """
 
     stream: bool
     keep: int
     limit: int | None
     footprint: Footprint
+    smallest: int
 
     @property
     def estimate(self) -> int:
@@ -138,7 +141,7 @@ class Budget:
             "streamed": self.stream,
             "estimate_bytes": self.estimate,
             "limit_bytes": self.limit,
-            "smallest_bytes": self.footprint.streamed,
+            "smallest_bytes": self.smallest,
             "parts": self.footprint.to_dict(),
         }
 
@@ -211,21 +214,26 @@ def choose_budget(print_: Footprint, limit: int | None, *, streams: bool = True,
     stream = streams and (wanted or (bound is not None and print_.in_memory > bound))
     taken = print_.streamed if stream else print_.in_memory
     keep = _KEEP if bound is None else max(0, min(_KEEP, bound - taken))
-    return Budget(stream, keep, limit, print_)
+    return Budget(stream, keep, limit, print_, _smallest(print_, streams))
 
 
 def too_small(print_: Footprint, limit: int | None, *, streams: bool = True) -> str | None:
     """What is wrong with a limit, and the smallest that would do; None where it holds."""
-    least = print_.streamed if streams else print_.in_memory
+    least = _least(print_, streams)
     if limit is None or least <= limit:
         return None
     why = "" if streams else " (the blocks of this model are not fed by the block before alone, so it cannot be streamed)"
     return (
         f"--max-ram {limit / 2**30:.2f}GiB is less than this run needs, an estimated {least / 2**30:.2f} GiB{why}; "
-        f"the smallest that would do: --max-ram {_up(least)}"
+        f"the smallest that would do: --max-ram {_smallest(print_, streams) / 2**30:.2f}GiB"
     )
 
 
-def _up(n: int) -> str:
-    tenths = -(-n * 10 // 2**30)
-    return f"{tenths // 10}.{tenths % 10}GiB"
+def _least(print_: Footprint, streams: bool) -> int:
+    return print_.streamed if streams else print_.in_memory
+
+
+def _smallest(print_: Footprint, streams: bool) -> int:
+    """In whole twentieths of a GiB, above what another process may find."""
+    step = 2**30 // 20
+    return -(-(_least(print_, streams) + _NOISE) // step) * step

@@ -12,7 +12,7 @@ import qcore
 import torch
 from qcore.calibration import Ledger
 from qcore.cli import main
-from qcore.cli.quantize import Steps
+from qcore.cli._job import Steps
 from qcore.model import Block, DictReader, LoadedModel, ModelAdapter, Site, Topology, materialize, parameters_on_meta
 from qcore.numbers import Codebook, Float, Int, PowerOfTwo
 from qcore.ops import ReferenceLinear, TorchInt4Linear, TorchInt8DynamicLinear

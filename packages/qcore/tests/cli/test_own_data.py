@@ -8,6 +8,7 @@ import pytest
 import torch
 from qcore.calibration.text import TextFile
 from qcore.cli import main
+from qcore.cli._options import open_model
 from qcore.evaluation import Agreement, LabelledFile, LabelledTexts
 from qcore.model import LoadedModel, ModelSource, parameters_on_meta
 from qcore.model.reader import DictReader
@@ -112,11 +113,15 @@ def test_the_users_own_labelled_file_goes_first(run) -> None:
     assert json.loads(run("eval", "out", "--eval", "mine.tsv", "--json")[1])["scores"]["rows"] == mine[1]["scores"]["rows"]
 
 
-def test_it_is_planned_and_made_again_to_the_same_bytes(run) -> None:
+def test_it_is_planned_and_made_again_to_the_same_bytes(folder: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("qcore.cli.verify.open_model", lambda *args: asked.append(args) or open_model(*args))
     assert run("plan", "tiny:labelled", "-r", "gptq.toml")[0] == 0
     code, out, err = run("verify", "out", "--reproduce", "--json")
     assert code == 0, err
     assert json.loads(out)["files_reproduced"] > 1
+    # with the adapter that the checkpoint names: another that understands the model too might link other axes
+    assert [args[2] for args in asked] == [json.loads((folder / "out/qcore.json").read_text())["adapter"]] != [""]
 
 
 def test_without_labelled_texts_a_run_says_what_to_do(folder: Path, run) -> None:

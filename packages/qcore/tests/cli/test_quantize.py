@@ -141,7 +141,8 @@ def test_text_that_cannot_calibrate_is_named(run, pretend, tmp_path: Path, conte
 
 
 def test_windows_longer_than_the_models_context_are_refused(run, pretend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcore.plan.context_length", lambda model: 32)
+    for place in ("qcore.plan", "qcore.plan.planner"):
+        monkeypatch.setattr(f"{place}.context_length", lambda model: 32)
     calibration = run("quantize", "toy:", "-r", "w4a16-gptq", "-o", "out", *SMALL)
     assert (
         calibration.code == 2 and "calibration.length=64 is longer than what toy can see, 32 tokens; --set calibration.length=32" in calibration.err

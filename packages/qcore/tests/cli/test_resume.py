@@ -13,10 +13,11 @@ from qcore.errors import SpecError
 
 SCRIPT = """
 import os, sys
+from dataclasses import replace
 from pathlib import Path
 import torch, typer
 from qcore.cli import boundary
-from qcore.cli.quantize import Job, run_quantize
+from qcore.cli._job import Job, run_quantize
 from qcore.cli._run_folder import check_target
 from qcore.evaluation import choose_text
 from qcore.model import LoadedModel, ModelSource, parameters_on_meta
@@ -25,6 +26,7 @@ from qcore.numbers import int_weight
 from qcore.plugins.registry import Registry
 from qcore.recipe import CalibrationSettings, Recipe, Rule
 from qcore.solvers import GPTQ
+from qcore.solvers.mixed import Candidate, Mixed
 from qcore.testing.models import TinyConfig, TinyDecoder, TinyDecoderAdapter, tiny_decoder
 
 class Letters:
@@ -51,6 +53,9 @@ registry.adapters.add("tiny-decoder", Adapter, "here")
 weights = tiny_decoder(layers=4).state_dict()
 loaded = LoadedModel(Tiny().skeleton(None), DictReader(weights), "tiny:", torch.float32, Letters(), "tiny")
 recipe = Recipe(name="r", rules=(Rule("*:weight", int_weight(4, 16)),), solver=GPTQ(), calibration=CalibrationSettings(samples=8, length=16))
+if "mixed" in mode:
+    widths = tuple(Candidate(spec=int_weight(b, 16)) for b in (2, 4, 6))
+    recipe = replace(recipe, allocator=Mixed(bits=5.2, metric="mse", candidates=widths))
 text = choose_text(Path(sys.argv[4]), Path(sys.argv[5]), None, None)
 def progress(phase, done, total):
     if kill_at == f"{phase}:{done}":
@@ -68,7 +73,7 @@ def cut_save(*args, **options):
         module.write_safetensors = cut
     save(*args, **options)
 
-from qcore.cli.quantize import Steps
+from qcore.cli._job import Steps
 real = Steps.real()
 real.save = cut_save
 job = Job(loaded, recipe, Adapter(), registry, text, eval_tokens=256, window=64, steps=real, stream="stream" in mode, resume="resume" in mode)
@@ -114,12 +119,13 @@ def bytes_of(folder: Path) -> dict[str, str]:
         ("save", (), ("stream",)),
         pytest.param("block:1", (), (), marks=pytest.mark.slow),
         pytest.param("block:3", ("stream",), (), marks=pytest.mark.slow),
+        pytest.param("block:1", ("mixed",), ("mixed", "stream"), marks=pytest.mark.slow),
         pytest.param("float model:2", (), (), marks=pytest.mark.slow),
         pytest.param("evaluate:2", ("stream",), ("stream",), marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_the_bytes_are_the_same(run, tmp_path: Path, kill: str, first, then) -> None:
-    assert run("whole").returncode == 0
+    assert run("whole", *(mode for mode in first if mode != "stream")).returncode == 0
     whole = bytes_of(tmp_path / "whole")
     assert sorted(whole) == ["README.md", "model.qcore.safetensors", "qcore.json"]
     assert run("out", *first, kill=kill).returncode == -9

@@ -12,7 +12,17 @@ from qcore.calibration import KL, MSE, AbsMax, Ema, Gram, Histogram, MinMax, Mom
 from qcore.model.topology import Invariance
 from qcore.numbers import Codebook, Int, PowerOfTwo, QTensor, int_weight, mx, nvfp4, quantize
 from qcore.numbers.formats import NumberFormat
-from qcore.testing import check_format, check_kernel, check_module, check_observer, check_packing, check_selector, check_solver, check_transform
+from qcore.testing import (
+    check_format,
+    check_kernel,
+    check_module,
+    check_observer,
+    check_packing,
+    check_selector,
+    check_solver,
+    check_transform,
+    fit_transform,
+)
 from qcore.testing.models import TinyDecoderAdapter, tiny_decoder, tokens
 from qcore.transforms import Rewrite, Transform, scale_link
 from torch import Tensor, nn
@@ -348,3 +358,23 @@ def test_the_seed_repeats(qcore_seed):
 def test_the_plugin_imports_nothing_heavy():
     code = "import sys, qcore.testing.pytest_plugin; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_block_transform_is_shown_the_specs_of_its_weights_their_inputs_and_its_taps():
+    @dataclass(frozen=True)
+    class Sees(Transform):
+        name: ClassVar[str] = "sees"
+        scope: ClassVar[str] = "block"
+
+        def fit(self, topology, specs, seen, model, reader):
+            shown.append(set(specs))
+            return Rewrite()
+
+    shown: list[set] = []
+    model, adapter = tiny_decoder(layers=2), TinyDecoderAdapter()
+    topology = adapter.topology(model)
+    specs = {s: int_weight(4) for site in topology.sites for s in (site, site.input)} | {s: int_weight(8) for s in topology.activations}
+    fit_transform(Sees(), adapter, model, [], specs)
+    assert len(shown) == len(topology.blocks) and not shown[0] & shown[1]
+    for block, own in zip(topology.blocks, shown, strict=True):
+        assert {s for site in block.sites for s in (site, site.input)} <= own

@@ -45,8 +45,8 @@ def plan(
     Example: qcore plan zoo:tiny-llama --recipe w4a16-gptq
     """
     from qcore.budget import parse_bytes
+    from qcore.cli._job import has_data
     from qcore.cli._show import print_json, show_plan
-    from qcore.cli.quantize import has_data
     from qcore.evaluation.data import choose_data
     from qcore.plan import make_plan
     from qcore.recipe_file import load_recipe

@@ -84,16 +84,17 @@ def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | N
     import torch
 
     from qcore.checkpoint import Manifest
+    from qcore.cli._job import Job, run_quantize
     from qcore.cli._progress import progress
-    from qcore.cli.quantize import Job, run_quantize
     from qcore.errors import CheckpointError
     from qcore.evaluation import choose_data
     from qcore.recipe_file import parse_recipe
 
-    record = Manifest.read(folder).record
+    manifest = Manifest.read(folder)
+    record = manifest.record
     if missing := [key for key in ("toml", "recipe", "threads", "weights") if key not in record]:
         raise CheckpointError(f"{folder} does not record how it was made ({', '.join(missing)} is missing); it was written by an older qcore")
-    loaded, adapter = open_model(model or str(record["model"]), own, None)
+    loaded, adapter = open_model(model or str(record["model"]), own, manifest.adapter or None)
     recipe = parse_recipe(str(record["toml"]), own, str(record["recipe"]))
     text = replace(choose_data(loaded, calib, evaluation), evaluation=None)
     torch.set_num_threads(int(record["threads"]))

@@ -270,7 +270,8 @@ def fit_transform(
     reader = DictReader(dict(model.state_dict())) if reader is None else reader
     rewrite = Rewrite()
     for piece in [topology] if transform.scope == "model" else [topology.within(block) for block in topology.blocks]:
-        here = {site: spec for site, spec in specs.items() if site in piece.sites or site in piece.activations}
+        own = {*piece.sites, *(site.input for site in piece.sites), *piece.activations}
+        here = {site: spec for site, spec in specs.items() if site in own}
         seen = observe(adapter, model, transform.wants(piece, here), batches)
         rewrite = rewrite.then(transform.fit(piece, here, seen, model, reader))
     return cut_ties(rewrite, model, topology.ties)
