@@ -261,14 +261,16 @@ def bandwidth(record: dict[str, Any]) -> float:
 def table(record: dict[str, Any]) -> str:
     """Markdown: one table a shape, one column a number of rows."""
     m = record["machine"]
+    read = ""
+    if record["rows"]:
+        read = f" torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s, the fastest kernel below {bandwidth(record):.1f}."
     lines = [
         "# Kernels",
         "",
         "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md --generate zoo:smollm2-135m`.",
         f"Milliseconds{' that the thread ran' if record.get('clock') == 'thread' else ''}, medians of calls in turn "
         "(10th and 90th percentile: kernels.json); int8 inputs with their rounding.",
-        f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}. "
-        f"torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s, the fastest kernel below {bandwidth(record):.1f}.",
+        f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}." + read,
         "",
         "Peers: " + ("; ".join(f"{name} {version}" for name, version in record.get("peers", {}).items()) or "none") + ".",
         "",
