@@ -191,8 +191,8 @@ def arguments(rand):
         "grouped_linear": (grouped_gpu.grouped_linear, {"x": x, "ends": ends, "words": stack, "scale": scales, "bits": 4}, ("x",)),
         "kv_attention": (
             attention_gpu.kv_attention,
-            {"q": rand(3, 4, 32, dtype=torch.float16), **cache, "lengths": lengths, "bits": 8},
-            (*cache, "q", "lengths"),
+            {"q": rand(3, 4, 32, dtype=torch.float16), **cache, "bits": 8},
+            ("q", *cache),
         ),
         "quantize_pack": (pack_gpu.quantize_pack, {"w": rand(3, 64), "scale": rand(3, 2).abs(), "bits": 4}, ("w", "scale")),
         "dequantize": (pack_gpu.dequantize, {"words": words[:3], "scale": scale[:3], "bits": 4}, ("words", "scale")),
