@@ -1,5 +1,8 @@
 """Write docs/methods.md and docs/recipes.md from what is registered, and check that every relative link in the documentation leads somewhere.
 
+What methods.md says of when to use which method comes from choosing.txt, its figures from the cells of docs/evidence (choosing.py): a claim that the
+cells no longer bear out is an error.
+
 python tools/check_docs.py            write both files
 python tools/check_docs.py --check    write nothing; exit code 1 when one is out of date
 """
@@ -36,7 +39,7 @@ def ours(origin: str) -> bool:
     return any(origin == name or (name.endswith("-") and origin.startswith(name)) for name in WORKSPACE.split())
 
 
-def methods_page(registry: Any) -> str:
+def methods_page(registry: Any, choosing: str) -> str:
     from qcore.cli.methods import described
 
     rows = [r for r in described(registry) if ours(r["from"])]
@@ -45,6 +48,8 @@ def methods_page(registry: Any) -> str:
         "# Methods",
         "",
         "Everything that a recipe may name, and what is chosen by itself; `qcore methods` lists what is installed with you.",
+        "",
+        choosing.rstrip(),
     ]
     for kind, (title, what) in TITLES.items():
         own = [r for r in rows if r["kind"] == kind]
@@ -102,11 +107,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
+    from choosing import TEMPLATE, section
     from qcore.plugins import load_registry
 
     registry = load_registry()
-    wrong = 0
-    for name, page in (("methods.md", methods_page(registry)), ("recipes.md", recipes_page(registry))):
+    choosing, claims = section(TEMPLATE.read_text(encoding="utf-8"))
+    for claim in claims:
+        print(claim, file=sys.stderr)
+    wrong = 1 if claims else 0
+    for name, page in (("methods.md", methods_page(registry, choosing)), ("recipes.md", recipes_page(registry))):
         path = ROOT / "docs" / name
         if path.is_file() and path.read_text(encoding="utf-8") == page:
             continue

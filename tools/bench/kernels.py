@@ -8,7 +8,7 @@ The second measures all: about five minutes on a machine that does nothing else.
 Peers: ONNX Runtime (MatMulNBits) and ggml (Q4_0, Q4_K) where they are found.  They are not in the workspace's lock; peers/make_env.sh makes folders
 for `--peers`, see peers/README.md.  Peers that were absent are named in the table.
 
-All candidates of one layer and number of rows run in turn, call by call, so a busy moment hits all of them alike; the median and the 10th and 90th
+All candidates of one layer and number of rows run in turn, call by call, in a new order each time, so a busy moment hits all of them alike; the median and the 10th and 90th
 percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of int8 inputs include
 rounding them.  On a shared machine read the ratios.
 """
@@ -16,6 +16,7 @@ rounding them.  On a shared machine read the ratios.
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -151,9 +152,11 @@ def in_turn(found: dict[str, Candidate], count: int, seconds: float, clock: Call
             failed[name] = str(e).splitlines()[0]
             working.pop(name, None)
     times: dict[str, list[float]] = {name: [] for name in working}
+    order = random.Random(0)
     started, i = time.perf_counter(), 0
     while i < 9 or time.perf_counter() - started < seconds:
-        for name, own in working.items():
+        # in another order each time: what ran before leaves its traces in the caches
+        for name, own in order.sample(list(working.items()), len(working)):
             call = own[i % len(own)]
             before = clock()
             call()

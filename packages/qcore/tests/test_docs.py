@@ -1,9 +1,11 @@
-"""The documentation: its python blocks run, its links lead somewhere."""
+"""The documentation: its python blocks run, its links lead somewhere, what it claims is what the cells say."""
 
+import json
 import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +32,77 @@ def test_some_pages_are_run() -> None:
     assert {"recipe", "task", "source"} <= {p.stem for p in pages()}
 
 
-def test_a_dead_link_is_found_and_others_are_not(tmp_path: Path) -> None:
-    spec = spec_from_file_location("check_docs", ROOT / "tools/check_docs.py")
+def tool(name: str) -> Any:
+    spec = spec_from_file_location(name, ROOT / f"tools/{name}.py")
     assert spec and spec.loader
-    check_docs = module_from_spec(spec)
-    spec.loader.exec_module(check_docs)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_dead_link_is_found_and_others_are_not(tmp_path: Path) -> None:
+    check_docs = tool("check_docs")
     (tmp_path / "there.md").write_text("[web](https://example.org) [me](there.md#part) [gone](gone.md)\n```\n[code](not/a/link)\n```\n")
     assert list(check_docs.dead_links(tmp_path)) == ["there.md: gone.md"]
+
+
+TEMPLATE = """
+@ a = cells/a-seed*.json
+@ b = list.json | label=b, second
+@ gone = cells/gone.json
+
+## Which
+
+### Measured
+
+- a has {a kl}, b has {b kl}
+  and takes {b seconds}.
+  holds: a kl < 0.5 b kl
+- gone has {gone kl}.
+- and gone?
+  holds: gone kl < a kl
+  else: - gone is not measured.
+
+### Not measured
+
+- gone has {gone kl}.
+
+### Last
+
+- a has {a kl} again.
+"""
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    (tmp_path / "cells").mkdir()
+    for seed, kl in enumerate((0.01, 0.03)):
+        (tmp_path / f"cells/a-seed{seed}.json").write_text(json.dumps({"scores": {"kl": kl}}))
+    rows = [{"label": "b", "scores": {"kl": 9.0}}, {"label": "b, second", "scores": {"kl": 0.5}, "seconds": 70.4}]
+    (tmp_path / "list.json").write_text(json.dumps({"cells": rows}))
+    return tmp_path
+
+
+def test_figures_are_the_cells_means_and_pieces_without_cells_are_left_out(cells: Path) -> None:
+    page, wrong = tool("choosing").section(TEMPLATE, cells)
+    assert not wrong
+    assert page == (
+        "## Which\n\n### Measured\n\n- a has 0.0200, b has 0.500\n  and takes 70 s.\n- gone is not measured.\n\n"
+        "### Not measured\n\nNot measured yet.\n\n### Last\n\n- a has 0.0200 again.\n"
+    )
+
+
+def test_a_claim_that_the_cells_no_longer_bear_out_is_reported_and_not_written(cells: Path) -> None:
+    (cells / "cells/a-seed0.json").write_text(json.dumps({"scores": {"kl": 0.9}}))
+    page, wrong = tool("choosing").section(TEMPLATE, cells)
+    assert len(wrong) == 1 and "a kl < 0.5 b kl" in wrong[0] and "0.465" in wrong[0]
+    assert "takes" not in page
+
+
+WRONG = {"- {typo kl}": "'typo'", "- {a speed}": "'speed'", "- x\n  holds: a kl": "is no claim", "- x\n  holds: a < 3": "is no side"}
+
+
+@pytest.mark.parametrize(("line", "said"), WRONG.items())
+def test_a_template_that_names_what_is_not_there_is_reported(cells: Path, line: str, said: str) -> None:
+    _, wrong = tool("choosing").section(f"@ a = cells/a-seed*.json\n\n{line}\n", cells)
+    assert len(wrong) == 1 and said in wrong[0]

@@ -13,9 +13,20 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def token_windows(model_dir, text_file, n_windows, window):
-    """[n_windows, window] LongTensor: the text tokenized in one piece, cut into non-overlapping windows. No BOS."""
+    """[n_windows, window] LongTensor: the text tokenized in one piece, cut into non-overlapping windows. No BOS.
+
+    text_file may be a .safetensors file with the token ids themselves, "ids" [n, window]: the first n_windows of them.
+    """
     import torch
     from tokenizers import Tokenizer
+
+    if str(text_file).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        ids = load_file(str(text_file))["ids"]
+        if ids.shape[0] < n_windows or ids.shape[1] != window:
+            raise SystemExit(f"{text_file}: {tuple(ids.shape)} token ids, need {n_windows} windows of {window}")
+        return ids[:n_windows].clone()
 
     tok = Tokenizer.from_file(str(pathlib.Path(model_dir) / "tokenizer.json"))
     ids = tok.encode(pathlib.Path(text_file).read_text(encoding="utf-8"), add_special_tokens=False).ids

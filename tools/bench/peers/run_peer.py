@@ -348,6 +348,30 @@ def torchao(a, name):
     return {"weights": out, "meter": t, "sym": sym, "zp_bits": zp}
 
 
+# ---------------------------------------------------------------- qcore itself, in the repository's own environment
+@peer("qcore-gptq", "qcore-awq", "qcore-rtn")
+def qcore(a, name):
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    import evidence
+    from qcore.calibration.text import start_batches, to_batches
+    from qcore.model import adapter_for, load_source
+    from qcore.modules.stored import StoredWeight
+    from qcore.pipeline import quantize_model
+    from qcore.plugins import load_registry
+    from qcore.recipe_file import load_recipe
+
+    registry = load_registry()
+    loaded = load_source(str(a.model), registry.sources)
+    adapter = adapter_for(loaded.model, registry.adapters)
+    stem = "w4a16-" + name.removeprefix("qcore-")
+    recipe = load_recipe(stem, registry, (f"rules.0.format.bits={a.bits}", f"rules.0.granularity.size={a.group}"))
+    batches = to_batches(a.ids, 8) + start_batches(a.ids, recipe.calibration.starts, recipe.calibration.starts_weight, 0)
+    with Meter() as t:  # reading the weights is inside: qcore reads them block by block
+        q = quantize_model(loaded, recipe, batches, registry=registry, adapter=adapter)
+    out = {n + ".weight": m.dequantize() for n, m in q.model.named_modules() if isinstance(m, StoredWeight)}
+    return {"weights": out, "meter": t, "sym": True, "files": evidence.code_files(stem)}
+
+
 # ---------------------------------------------------------------- optimum-quanto
 @peer("quanto")
 def quanto(a, name):
@@ -372,7 +396,19 @@ def versions():
     from importlib.metadata import PackageNotFoundError, version
 
     r = {}
-    for p in ("torch", "transformers", "numpy", "llmcompressor", "compressed-tensors", "gptqmodel", "auto-round", "hqq", "torchao", "optimum-quanto"):
+    for p in (
+        "torch",
+        "transformers",
+        "numpy",
+        "llmcompressor",
+        "compressed-tensors",
+        "gptqmodel",
+        "auto-round",
+        "hqq",
+        "torchao",
+        "optimum-quanto",
+        "qcore",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             r[p] = version(p)
     return r
@@ -427,6 +463,8 @@ def main():
         if not a.no_save:
             common.save_dequantized(a.model, a.out, r["weights"], rec, r.get("head"), r.get("online"), a.group)
             rec["online_layers"] = len(r.get("online") or {})
+        if "files" in r:
+            rec["files"] = r["files"]
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
