@@ -8,9 +8,9 @@ The second measures all: about five minutes on a machine that does nothing else.
 Peers: ONNX Runtime (MatMulNBits) and ggml (Q4_0, Q4_K) where they are found.  They are not in the workspace's lock; peers/make_env.sh makes folders
 for `--peers`, see peers/README.md.  Peers that were absent are named in the table.
 
-All candidates of one layer and number of rows run in turn, call by call, in a new order each time, so a busy moment hits all of them alike; the median
-and the 10th and 90th percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of int8
-inputs include rounding them.  On a shared machine read the ratios, or take --cpu-time.
+All candidates of one layer and number of rows run in turn, call by call, in a new order each time, so a busy moment hits all of them alike; the
+median and the 10th and 90th percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of
+int8 inputs include rounding them.  On a shared machine read the ratios, or take --cpu-time.
 """
 
 import argparse
