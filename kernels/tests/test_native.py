@@ -41,7 +41,7 @@ def problems(draw):
         "group": group,
         "k": k,
         "n": draw(st.integers(1, 70)),
-        "t": draw(st.sampled_from((1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 40))),
+        "t": draw(st.sampled_from((1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 25, 40, 197))),
         "shifted": draw(st.booleans()),
         "scale": draw(st.sampled_from(panels.reference.SCALES)),
         "dtype": draw(st.sampled_from(tuple(EPS))),
@@ -93,6 +93,46 @@ def test_the_largest_codes_and_inputs_do_not_overflow(bits, isa):
         x = torch.full((t, 8192), -128.0)
         y = int_linear.cpu.int_linear(x, panels.pack(codes, torch.ones(16, 1), bits=bits), isa=isa)
         assert torch.equal(y, torch.full((t, 16), float(low * -128 * 8192)))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("t", [1, 2, 7])
+def test_float_inputs_lose_at_most_2_to_the_minus_23_of_the_largest_in_their_group(t, isa):
+    codes, scale, _ = a_weight(40, 256, 64, 4)
+    g = torch.Generator().manual_seed(t)
+    # six orders of magnitude in a group, and groups of very large, very small and no inputs
+    x = torch.randn(t, 256, generator=g) * torch.logspace(-3, 3, 64).repeat(4) * torch.tensor([1e-30, 1e30, 0.0, 1.0]).repeat_interleave(64)
+    w = weight_linear.reference.dequantize(codes, scale)
+    largest = x.abs().unflatten(1, (4, 64)).amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1)
+    bound = bound_of_sums(x, codes, scale) + largest.double() @ w.double().abs().T * 2.0**-23
+    y = weight_linear.cpu.weight_linear(x, panels.pack(codes, scale, bits=4), isa=isa)
+    assert ((y - x.double() @ w.double().T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_that_float32_holds_are_exact(dtype, isa):
+    codes, scale, _ = a_weight(33, 128, 32, 4)
+    # 8 bits of mantissa and 15 of range: all of it in 24 bits, and sums of 32 such products with 4-bit codes in 32
+    x = (torch.randint(-255, 256, (5, 128), generator=torch.Generator().manual_seed(0)) * 2.0 ** -torch.arange(4).repeat(32)).to(dtype)
+    ones = torch.ones_like(scale)
+    want = x.double() @ codes.double().T
+    assert torch.equal(weight_linear.cpu.weight_linear(x.float(), panels.pack(codes, ones, bits=4), isa=isa).double(), want)
+    assert torch.equal(weight_linear.cpu.weight_linear(x, panels.pack(codes, ones, bits=4), isa=isa), want.to(dtype))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("t", [1, 6])
+def test_nan_and_infinity_come_through_float_inputs(t, isa):
+    weight = a_weight(20, 64, 32, 4, shifted=True)
+    x = torch.randn(t, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 3] = float("inf")
+    x[-1, 40] = float("nan")
+    want = x @ weight_linear.reference.dequantize(*weight).T
+    y = weight_linear.cpu.weight_linear(x, panels.pack(*weight, bits=4), isa=isa)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
+    fine = want.isfinite()
+    assert torch.allclose(y[fine], want[fine], atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -173,7 +213,7 @@ def test_the_number_of_threads_changes_no_bit():
         (lambda w, s: panels.pack(w, s.double(), bits=4), r"scale: has shape .* torch.float64; allowed: .*float32, float16, bfloat16"),
         (lambda w, s: panels.pack(w, torch.ones(16, 3), bits=4), r"scale: has shape \[16, 3\].* groups of K=64"),
         (lambda w, s: panels.pack(w, torch.ones(16, 16), bits=4), "16 groups of K=64 are 4 inputs each; allowed: multiples of 8 for 4 bits"),
-        (lambda w, s: panels.pack(w, s, torch.ones(16, 1), bits=4), r"shift: has shape \[16, 1\]; allowed: that of scale, \[16, 2\]"),
+        (lambda w, s: panels.pack(w, s, torch.ones(16, 1), bits=4), r"shift: has shape \[16, 1\], float32; allowed: \[16, 2\]"),
         (lambda w, s: panels.pack(w * 0 + 9, s, bits=4), "codes: run from 9 to 9; allowed: -8 … 7"),
         (lambda w, s: weight_linear.cpu.weight_linear(torch.zeros(2, 63), panels.pack(w, s, bits=4)), r"x: has shape \[2, 63\].*\[\.\.\., 64\]"),
         (lambda w, s: weight_linear.cpu.weight_linear(torch.zeros(2, 64).double(), panels.pack(w, s, bits=4)), "torch.float64.*float32, float16"),

@@ -163,13 +163,70 @@ def test_kv_attention(rand, heads, cached, bits):
     torch.testing.assert_close(y.float(), want.float(), rtol=0, atol=4 * 2.0**-11 * float(want.float().abs().max()))
 
 
-def test_inputs_may_be_strided_or_empty(rand):
-    _, words, scale = a_weight(rand, 4, 16, 64, group=32)
-    x = rand(64, 3, dtype=torch.float16).t()
-    assert torch.equal(weight_gpu.weight_linear(x, words, scale, bits=4), weight_gpu.weight_linear(x.contiguous(), words, scale, bits=4))
-    assert weight_gpu.weight_linear(x[:0], words, scale, bits=4).shape == (0, 16)
-    assert rows_gpu.quantize_rows(x[:0])[0].shape == (0, 64)
-    assert hadamard_gpu.hadamard_quantize(x[:0])[0].shape == (0, 64)
+def strided(t):
+    """The same numbers, with a stride of 2 in the last axis."""
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def arguments(rand):
+    """Of each op: a call, what it is called with, which of those have a row for each row of the result."""
+    g = torch.Generator().manual_seed(3)
+
+    def codes(*shape, dtype=torch.uint8, high=256):
+        return torch.randint(0, high, shape, generator=g).to(DEVICE, dtype)
+
+    _, words, scale = a_weight(rand, 4, 20, 64, group=32)
+    _, stack, scales = a_weight(rand, 4, 3, 20, 64, group=32)
+    x = rand(3, 64, dtype=torch.float16)
+    q, x_scale = rows_gpu.quantize_rows(x)
+    cache = {name: codes(3, 2, 5, 32) for name in ("k", "v")} | {name: rand(3, 2, 5).abs() / 128 for name in ("k_scale", "v_scale")}
+    cache["lengths"] = torch.tensor([5, 1, 3], dtype=torch.int32, device=DEVICE)
+    ends = torch.tensor([1, 1, 3], dtype=torch.int32, device=DEVICE)
+    return {
+        "weight_linear": (weight_gpu.weight_linear, {"x": x, "words": words, "scale": scale, "bits": 4}, ("x",)),
+        "int_linear": (int_gpu.int_linear, {"q": q, "x_scale": x_scale, "words": words, "scale": scale, "bits": 4}, ("q", "x_scale")),
+        "quantize_rows": (rows_gpu.quantize_rows, {"x": x}, ("x",)),
+        "fp4_linear": (fp4_gpu.fp4_linear, {"x": x, "packed": codes(20, 32), "scale": codes(20, 2, high=130)}, ("x",)),
+        "hadamard_quantize": (hadamard_gpu.hadamard_quantize, {"x": x}, ("x",)),
+        "grouped_linear": (grouped_gpu.grouped_linear, {"x": x, "ends": ends, "words": stack, "scale": scales, "bits": 4}, ("x",)),
+        "kv_attention": (
+            attention_gpu.kv_attention,
+            {"q": rand(3, 4, 32, dtype=torch.float16), **cache, "bits": 8},
+            ("q", *cache),
+        ),
+        "quantize_pack": (pack_gpu.quantize_pack, {"w": rand(3, 64), "scale": rand(3, 2).abs(), "bits": 4}, ("w", "scale")),
+        "dequantize": (pack_gpu.dequantize, {"words": words[:3], "scale": scale[:3], "bits": 4}, ("words", "scale")),
+    }
+
+
+def outputs(y):
+    return y if isinstance(y, tuple) else (y,)
+
+
+LINEARS = ["weight_linear", "int_linear", "fp4_linear", "grouped_linear"]
+EVERY_OP = [*LINEARS, "quantize_rows", "hadamard_quantize", "kv_attention", "quantize_pack", "dequantize"]
+
+
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_tensors_may_be_strided(rand, name):
+    call, given, _ = arguments(rand)[name]
+    spread = {key: strided(t) if isinstance(t, torch.Tensor) else t for key, t in given.items()}
+    assert not any(t.is_contiguous() for t in spread.values() if isinstance(t, torch.Tensor))
+    for got, want in zip(outputs(call(**spread)), outputs(call(**given)), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_there_may_be_no_rows_or_one(rand, name):
+    call, given, by_row = arguments(rand)[name]
+    whole = outputs(call(**given))
+    none = {key: t[:0] if key in by_row else t for key, t in given.items()}
+    one = {key: t[:1] if key in by_row else t for key, t in given.items()}
+    if name == "grouped_linear":
+        none["ends"], one["ends"] = given["ends"] * 0, given["ends"].clamp(max=1)
+    for got, first, want in zip(outputs(call(**none)), outputs(call(**one)), whole, strict=True):
+        assert got.shape == (0, *want.shape[1:]) and got.dtype == want.dtype
+        assert torch.equal(first, want[:1])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +235,10 @@ def test_inputs_may_be_strided_or_empty(rand):
         (lambda x, w, s: weight_gpu.weight_linear(x, w, s, bits=3), "bits: got 3; allowed: 4, 8"),
         (lambda x, w, s: weight_gpu.weight_linear(x.float(), w, s, bits=4), "x: has shape .* float32; allowed: .* float16, bfloat16"),
         (lambda x, w, s: weight_gpu.weight_linear(x, w[:, 1:], s, bits=4), r"words: has shape \[16, 7\], int32; allowed: \[any, 8\]"),
-        (lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 4), bits=4), "group: got 8; allowed: multiples of 16"),
+        (
+            lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 4), bits=4),
+            "scale: has 8 groups of 8 inputs; allowed: .* multiples of 16",
+        ),
         (lambda x, w, s: weight_gpu.weight_linear(x, w, s.repeat(1, 3), bits=4), "scale: has 6 groups; allowed: a divisor of K=64"),
         (lambda x, w, s: weight_gpu.weight_linear(x, w.to("meta"), s, bits=4), "words: is on meta; allowed: "),
         (lambda x, w, s: fp4_gpu.fp4_linear(x, w.view(torch.uint8), torch.zeros(16, 4)), "scale: has shape"),

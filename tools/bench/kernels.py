@@ -1,22 +1,29 @@
-"""Time the CPU kernels on single layers, beside torch's own, and tokens a second of a whole model.
+"""Time the CPU kernels on single layers, beside torch's own and those of other libraries, and tokens a second of a whole model.
 
     python tools/bench/kernels.py                                              layers, one thread, a table
-    python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md
-    python tools/bench/kernels.py --generate zoo:smollm2-135m CHECKPOINT       tokens a second, float32, bfloat16 and the checkpoint
+    python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md --generate zoo:smollm2-135m
 
-All candidates of one layer and number of rows run in turn, call by call, so a busy moment hits all of them alike; the median and the 10th and 90th
-percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of int8 inputs include
-rounding them.  On a shared machine read the ratios.
+The second measures all: about five minutes on a machine that does nothing else.
+
+Peers: ONNX Runtime (MatMulNBits) and ggml (Q4_0, Q4_K) where they are found.  They are not in the workspace's lock; peers/make_env.sh makes folders
+for `--peers`, see peers/README.md.  Peers that were absent are named in the table.
+
+All candidates of one layer and number of rows run in turn, call by call, in a new order each time, so a busy moment hits all of them alike; the
+median and the 10th and 90th percentile are kept.  One row is multiplied with copies of the weight that together are larger than the caches.  Times of
+int8 inputs include rounding them.  On a shared machine read the ratios, or take --cpu-time.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,10 @@ import torch
 from qcore.cli.bench import machine, read_bandwidth
 from qkernels import int_linear, native, panels, quantize_rows, weight_linear
 from torch.nn.functional import linear
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+import layer_ggml
+import layer_onnxruntime
 
 SHAPES = {  # N, K, group
     "4096 × 4096, groups of 128": (4096, 4096, 128),
@@ -36,45 +47,75 @@ ROWS = (1, 16, 128)
 COLD = 96 << 20  # bytes
 
 
-def candidates(n: int, k: int, group: int, rows: int) -> dict[str, tuple[int, list[Callable[[], Any]]]]:
-    """Name → (bytes of the weight, calls on copies of it)."""
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a layer: the bytes of its weight, a maker of calls on copies of it, and the exact result where it is known."""
+
+    size: int
+    make: Callable[[], Callable[[], torch.Tensor]]
+    exact: torch.Tensor | None = None
+
+
+def candidates(n: int, k: int, group: int, rows: int) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """(name → candidate, name → why it is absent); all from one weight, rounded by absmax / 7 or by the peer itself."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=g) / k**0.5
     x = torch.randn(rows, k, generator=g)
     half = x.bfloat16()
-    scale = torch.rand(n, k // group, generator=g) * 0.02 + 1e-3
-    codes4 = torch.randint(-8, 8, (n, k), generator=g, dtype=torch.int8)
-    codes8 = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
+    grouped = weight.unflatten(1, (-1, group))
+    scale = (grouped.abs().amax(-1) / 7).half().float()
+    codes4 = (grouped / scale[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(1)
+    by_channel = weight.abs().amax(1, keepdim=True) / 127
+    codes8 = (weight / by_channel).round().to(torch.int8)
+    exact4 = x.double() @ (codes4.double().unflatten(1, (-1, group)) * scale.double()[..., None]).flatten(1).T
+    exact8 = x.double() @ (codes8.double() * by_channel.double()).T
     int4 = panels.pack(codes4, scale.half(), bits=4)
-    int8 = panels.pack(codes8, scale[:, :1].contiguous(), bits=8)
-    found: dict[str, tuple[int, list[Callable[[], Any]]]] = {}
-
-    def add(name: str, size: int, make: Callable[[], Callable[[], Any]]) -> None:
-        count = -(-COLD // size) if rows == 1 else 1
-        found[name] = size, [make() for _ in range(min(count, 256))]
+    int8 = panels.pack(codes8, by_channel, bits=8)
+    found: dict[str, Candidate] = {}
+    absent: dict[str, str] = {}
 
     def laid(p: panels.Panels) -> panels.Panels:
         return panels.Panels(p.codes.clone(), p.scale.clone(), None, p.shape, p.group, p.bits)
 
-    add("float32", n * k * 4, lambda: partial(linear, x, weight.clone()))
-    add("bfloat16", n * k * 2, lambda: partial(linear, half, weight.bfloat16()))
+    found["float32"] = Candidate(n * k * 4, lambda: partial(linear, x, weight.clone()))
+    found["bfloat16"] = Candidate(n * k * 2, lambda: partial(linear, half, weight.bfloat16()))
     if native.why_not() is None:
-        add("native int4, float32 inputs", int4.nbytes, lambda: partial(weight_linear.cpu.weight_linear, x, laid(int4)))
-        add("native int4, bfloat16 inputs", int4.nbytes, lambda: partial(weight_linear.cpu.weight_linear, half, laid(int4)))
-        add("native int4, int8 inputs", int4.nbytes, lambda: partial(int_linear.cpu.int_linear, x, laid(int4)))
-        add("native int8, float32 inputs", int8.nbytes, lambda: partial(weight_linear.cpu.weight_linear, x, laid(int8)))
-        add("native int8, int8 inputs", int8.nbytes, lambda: partial(int_linear.cpu.int_linear, x, laid(int8)))
-        add("torch _int_mm, int8 inputs", n * k, lambda: partial(int_mm, x, codes8.clone(), scale[:, 0]))
+        by_float, by_int = weight_linear.cpu.weight_linear, int_linear.cpu.int_linear
+        found["native int4, float32 inputs"] = Candidate(int4.nbytes, lambda: partial(by_float, x, laid(int4)), exact4)
+        found["native int4, bfloat16 inputs"] = Candidate(int4.nbytes, lambda: partial(by_float, half, laid(int4)))
+        found["native int4, int8 inputs"] = Candidate(int4.nbytes, lambda: partial(by_int, x, laid(int4)), exact4)
+        found["native int8, float32 inputs"] = Candidate(int8.nbytes, lambda: partial(by_float, x, laid(int8)), exact8)
+        found["native int8, int8 inputs"] = Candidate(int8.nbytes, lambda: partial(by_int, x, laid(int8)), exact8)
+        found["torch _int_mm, int8 inputs"] = Candidate(n * k, lambda: partial(int_mm, x, codes8.clone(), by_channel[:, 0]), exact8)
         prepack = getattr(torch.ops.onednn, "qlinear_prepack", None)
         if prepack is not None:
-            add("oneDNN int8, int8 inputs", n * k, lambda: partial(onednn, x, prepack(codes8.t(), [rows, k]), scale[:, 0].contiguous()))
+            found[ONEDNN] = Candidate(n * k, lambda: partial(onednn, x, prepack(codes8.t(), [rows, k]), by_channel[:, 0].contiguous()), exact8)
     if group in (32, 64, 128, 256):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes4.int() + 8, 1)
         both = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous().bfloat16()
-        size = n * k // 2 + both.numel() * 2
         mm = torch.ops.aten._weight_int4pack_mm_for_cpu
-        add("torch int4, bfloat16 inputs", size, lambda: partial(mm, half, packed.clone(), group, both))
-    return found
+        found["torch int4, bfloat16 inputs"] = Candidate(n * k // 2 + both.numel() * 2, lambda: partial(mm, half, packed.clone(), group, both))
+    else:
+        absent["torch int4"] = f"needs groups of 32, 64, 128 or 256, got {group}"
+    threads = torch.get_num_threads()
+    if (why := layer_onnxruntime.missing()) is not None:
+        absent["ONNX Runtime int4"] = why
+    else:
+        block = layer_onnxruntime.block_of(group, k)
+        size = n * k // 2 + n * k // block * 4
+        for level, name in ((4, "int8 inputs"), (0, "float32 inputs")):
+            found[f"ONNX Runtime int4, {name}"] = Candidate(size, partial(layer_onnxruntime.matmul, codes4, scale, x, level, threads), exact4)
+    for kind in layer_ggml.TYPES:
+        if (why := layer_ggml.missing(kind, k)) is not None:
+            absent[f"ggml {kind}"] = why
+            continue
+        size = layer_ggml.bytes_of(kind, n, k)
+        for repack, name in ((False, f"ggml {kind}"), (True, f"ggml {kind}, laid out anew")):
+            found[name] = Candidate(size, partial(layer_ggml.matmul, kind, weight, x, threads, repack=repack))
+    return found, absent
+
+
+ONEDNN = "oneDNN int8, int8 inputs"
 
 
 def int_mm(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -91,87 +132,150 @@ def onednn(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.
     return y * s
 
 
-def in_turn(calls: dict[str, list[Callable[[], Any]]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each candidate, one call of each after the other."""
-    working = {}
-    for name, own in calls.items():
+def copies(found: dict[str, Candidate], rows: int) -> int:
+    """Of each weight: so many that between two uses of one, more bytes than the caches hold have been read by all candidates in turn."""
+    return max(1, -(-COLD // sum(c.size for c in found.values()))) if rows == 1 else 1
+
+
+Times = dict[str, list[float]]
+
+
+def in_turn(found: dict[str, Candidate], count: int, seconds: float, clock: Callable[[], float]) -> tuple[Times, dict[str, str]]:
+    """(milliseconds of each candidate, one call of each after the other; name → why it failed)"""
+    working: dict[str, list[Callable[[], Any]]] = {}
+    failed = {}
+    for name, candidate in found.items():
         try:
-            own[0]()
+            working[name] = [candidate.make() for _ in range(count)]
+            working[name][0]()
         except RuntimeError as e:
-            print(f"{name}: {str(e).splitlines()[0]}", file=sys.stderr)
-            continue
-        working[name] = own
+            failed[name] = str(e).splitlines()[0]
+            working.pop(name, None)
     times: dict[str, list[float]] = {name: [] for name in working}
+    order = random.Random(0)
     started, i = time.perf_counter(), 0
-    while i < 7 or time.perf_counter() - started < seconds:
-        for name, own in working.items():
+    while i < 9 or time.perf_counter() - started < seconds:
+        # in another order each time: what ran before leaves its traces in the caches
+        for name, own in order.sample(list(working.items()), len(working)):
             call = own[i % len(own)]
-            before = time.perf_counter()
+            before = clock()
             call()
-            times[name].append(1e3 * (time.perf_counter() - before))
+            times[name].append(1e3 * (clock() - before))
         i += 1
-    return times
+    return times, failed
 
 
-def layers(seconds: float) -> list[dict[str, Any]]:
-    rows = []
+def layers(seconds: float, only: str = "", clock: Callable[[], float] = time.perf_counter) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(one record for each shape, number of rows and candidate; candidate → why it is absent, with the shape)"""
+    rows, absent = [], {}
     for shape, (n, k, group) in SHAPES.items():
+        if only not in shape:
+            continue
         for t in ROWS:
-            found = candidates(n, k, group, t)
-            for name, times in in_turn({name: calls for name, (_, calls) in found.items()}, seconds).items():
-                ms = statistics.median(times)
-                cuts = statistics.quantiles(times, n=10)
-                row = {"shape": shape, "rows": t, "kernel": name, "ms": ms, "p10": cuts[0], "p90": cuts[-1], "runs": len(times)}
-                rows.append(row | ({"gb_s": found[name][0] / ms / 1e6} if t == 1 else {}))
-    return rows
+            found, missing = candidates(n, k, group, t)
+            times, failed = in_turn(found, copies(found, t), seconds, clock)
+            absent |= {f"{name}, {shape}": why for name, why in (missing | failed).items()}
+            for name, own in times.items():
+                ms, cuts = statistics.median(own), statistics.quantiles(own, n=10)
+                row = {"shape": shape, "rows": t, "kernel": name, "ms": ms, "p10": cuts[0], "p90": cuts[-1], "runs": len(own)}
+                exact = found[name].exact
+                if exact is not None:
+                    row["error"] = float((found[name].make()().double() - exact).norm() / exact.norm())
+                rows.append(row | ({"gb_s": found[name].size / ms / 1e6} if t == 1 else {}))
+    return rows, absent
 
 
-def tokens_per_second(model: Any, new: int = 64, prompt: int = 16, repeat: int = 3) -> float:
-    """Of `generate` with its cache, one sequence, greedy; the median of some runs."""
+def tokens_per_second(models: dict[str, Any], new: int = 64, prompt: int = 16, repeat: int = 5) -> dict[str, list[float]]:
+    """Of `generate` with its cache, one sequence, greedy, all models in turn."""
     ids = torch.randint(0, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
-    speeds = []
-    for _ in range(repeat + 1):
-        before = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        speeds.append(new / (time.perf_counter() - before))
-    return statistics.median(speeds[1:])
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(repeat + 1):
+        for name, model in models.items():
+            before = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            if i:  # the first warms up
+                speeds[name].append(new / (time.perf_counter() - before))
+    return speeds
 
 
-def generate(uri: str, checkpoint: Path) -> dict[str, float]:
-    from qcore.checkpoint import load
+def served(uri: str, dtype: torch.dtype, recipe: str | None = None, kernel: str | None = None) -> Any:
+    """The model, quantized by the recipe where there is one, ready to run in dtype."""
     from qcore.model import load_source, materialize
-    from qcore.modules import serve_in
+    from qcore.modules import QuantizedLinear, serve_in
+    from qcore.pipeline import quantize_model
     from qcore.plugins import load_registry
+    from qcore.recipe_file import load_recipe
 
     own = load_registry()
-    found = {}
-    for name, dtype, kernel in (
-        ("W4, float32", torch.float32, None),
-        ("W4, bfloat16", torch.bfloat16, None),
-        ("W4, float32, inputs rounded to int8 by wish", torch.float32, "native-int8-by-wish"),
-    ):
-        model = load(checkpoint, registry=own, kernel=kernel)
-        serve_in(model, dtype)
-        found[name] = tokens_per_second(model)
     loaded = load_source(uri, own.sources)
-    if any(p.is_meta for p in loaded.model.parameters()):
-        materialize(loaded.model, "", loaded.reader)
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        serve_in(loaded.model, dtype)
-        found[name] = tokens_per_second(loaded.model)
-    return found
+    if recipe is None:
+        if any(p.is_meta for p in loaded.model.parameters()):
+            materialize(loaded.model, "", loaded.reader)
+        model = loaded.model
+    else:
+        model = quantize_model(loaded, load_recipe(recipe, own), [], registry=own).model
+    serve_in(model, dtype)
+    for module in model.modules() if kernel else ():
+        if isinstance(module, QuantizedLinear):
+            module.bind([k() for k in own.kernels.values()], dtype=dtype, wish=kernel)
+    return model
+
+
+def generate(uri: str) -> dict[str, dict[str, float]]:
+    """Tokens a second of a model as floats and with weights in 4 bits (w4a16-rtn: speed does not depend on how codes were found)."""
+    models = {
+        "float32": served(uri, torch.float32),
+        "bfloat16": served(uri, torch.bfloat16),
+        "W4, float32": served(uri, torch.float32, "w4a16-rtn"),
+        "W4, bfloat16": served(uri, torch.bfloat16, "w4a16-rtn"),
+        "W4, float32, inputs rounded to int8 by wish": served(uri, torch.float32, "w4a16-rtn", "native-int8-by-wish"),
+    }
+    return {name: {"median": statistics.median(v), "least": min(v), "most": max(v)} for name, v in tokens_per_second(models).items()}
+
+
+def verdicts(record: dict[str, Any], shape: str) -> list[str]:
+    """What the issue of speed comes to for one shape: the share of the bandwidth, and how many times faster than each peer."""
+    ms = {(r["kernel"], r["rows"]): r["ms"] for r in record["rows"] if r["shape"] == shape}
+    lines = []
+    for own in ("native int4, int8 inputs", "native int4, float32 inputs"):
+        if (own, 1) not in ms:
+            continue
+        rate = next(r["gb_s"] for r in record["rows"] if (r["kernel"], r["rows"], r["shape"]) == (own, 1, shape))
+        error = next((r["error"] for r in record["rows"] if (r["kernel"], r["rows"], r["shape"]) == (own, 128, shape)), None)
+        parts = [f"1 row at {100 * rate / bandwidth(record):.0f} % of the fastest read"]
+        for t in (1, 128):
+            peers = {name: v for (name, rows), v in ms.items() if rows == t and name.startswith(("torch int4", "ONNX", "ggml"))}
+            parts.append(
+                f"{t} row{'s' if t > 1 else ''}: " + ", ".join(f"{v / ms[own, t]:.1f}× {name.split(', float')[0]}" for name, v in peers.items())
+            )
+        if (ONEDNN, 128) in ms:
+            parts.append(f"128 rows take {ms[own, 128] / ms[ONEDNN, 128]:.2f} of oneDNN int8's time")
+        if error is not None:
+            parts.append(f"relative error of the result by the inputs' rounding and the sums {error:.1e}")
+        lines += [f"- {own}. " + "; ".join(parts) + "."]
+    return lines
+
+
+def bandwidth(record: dict[str, Any]) -> float:
+    """GB/s: the fastest that anything in this run read what no cache held."""
+    return max([record["read_gb_s"], *(r["gb_s"] for r in record["rows"] if r["rows"] == 1 and r["shape"].startswith("4096"))])
 
 
 def table(record: dict[str, Any]) -> str:
     """Markdown: one table a shape, one column a number of rows."""
     m = record["machine"]
+    read = ""
+    if record["rows"]:
+        read = f" torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s, the fastest kernel below {bandwidth(record):.1f}."
     lines = [
         "# Kernels",
         "",
-        "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md`, and with `--generate`.",
-        "Milliseconds, medians of calls in turn; int8 inputs with their rounding.",
-        f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}; "
-        f"torch.sum of cold float32 reads {record['read_gb_s']:.1f} GB/s. A shared machine: read ratios.",
+        "Made by `python tools/bench/kernels.py --json docs/evidence/kernels.json --table docs/evidence/kernels.md --generate zoo:smollm2-135m`.",
+        f"Milliseconds{' that the thread ran' if record.get('clock') == 'thread' else ''}, medians of calls in turn "
+        "(10th and 90th percentile: kernels.json); int8 inputs with their rounding.",
+        f"{m['processor']} ({m['instructions']}), torch {m['torch']}, {record['threads']} thread(s), load {record['load']}." + read,
+        "",
+        "Peers: " + ("; ".join(f"{name} {version}" for name, version in record.get("peers", {}).items()) or "none") + ".",
         "",
     ]
     for shape in dict.fromkeys(r["shape"] for r in record["rows"]):
@@ -182,36 +286,60 @@ def table(record: dict[str, Any]) -> str:
             cells = [f"{by_rows[t]['ms']:.3f}" if t in by_rows else "–" for t in ROWS]
             rate = f"{by_rows[1]['gb_s']:.1f}" if 1 in by_rows else "–"
             lines.append(f"| {name} | {cells[0]} | {rate} | {cells[1]} | {cells[2]} |")
-        lines.append("")
+        lines += ["", *verdicts(record, shape), ""]
+        gone = {name.removesuffix(f", {shape}"): why for name, why in record.get("absent", {}).items() if name.endswith(f", {shape}")}
+        if gone:
+            lines += ["Absent: " + "; ".join(f"{name} ({why})" for name, why in gone.items()) + ".", ""]
     if "tokens_per_second" in record:
         lines += [
             f"## Tokens a second, {record['model']}",
             "",
-            "`generate` with its cache, 16 tokens given, 64 made, one sequence.",
+            "`generate` with its cache, 16 tokens given, 64 made, one sequence; all in turn.",
             "",
-            "| | |",
-            "|---|---|",
+            "| | median | least | most |",
+            "|---|---|---|---|",
         ]
-        lines += [f"| {name} | {speed:.1f} |" for name, speed in record["tokens_per_second"].items()] + [""]
+        lines += [f"| {name} | {v['median']:.1f} | {v['least']:.1f} | {v['most']:.1f} |" for name, v in record["tokens_per_second"].items()] + [""]
     return "\n".join(lines)
+
+
+def peer_versions() -> dict[str, str]:
+    """Of what was found."""
+    found = {}
+    if layer_onnxruntime.missing() is None:
+        found["ONNX Runtime"] = metadata.version("onnxruntime")
+    if layer_ggml.missing("Q4_0", 32) is None:
+        found["ggml"] = layer_ggml.version()
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each shape and number of rows")
-    parser.add_argument("--generate", nargs=2, metavar=("MODEL", "CHECKPOINT"), help="measure tokens a second instead of layers")
-    parser.add_argument("--json", type=Path, help="write here; what another run measured of the other kind is kept")
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--peers", type=Path, action="append", default=[], help="folder of Python packages that bring a peer")
+    parser.add_argument("--cpu-time", action="store_true", help="of layers: count the time that the thread ran, as on a machine that others use too")
+    parser.add_argument("--generate", metavar="MODEL", help="measure tokens a second too")
+    parser.add_argument("--no-layers", action="store_true", help="leave out the layers")
+    parser.add_argument("--json", type=Path, help="write here; what is not measured now is kept")
     parser.add_argument("--table", type=Path, help="write the table of all that is in --json here")
     options = parser.parse_args(argv)
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time counts the calling thread alone, so it needs --threads 1")
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
+    sys.path += [str(p) for p in options.peers]
     record: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"rows": []}
     record |= {"machine": machine(), "threads": options.threads, "load": round(os.getloadavg()[0], 1)}
     with torch.no_grad():
+        if not options.no_layers:
+            record |= {"peers": peer_versions(), "read_gb_s": read_bandwidth(0.5), "clock": "thread" if options.cpu_time else "wall"}
+            record["rows"], record["absent"] = layers(options.seconds, options.only, clock)
+            for name, why in record["absent"].items():
+                print(f"absent: {name}: {why}", file=sys.stderr)
         if options.generate:
-            record |= {"model": options.generate[0], "tokens_per_second": generate(options.generate[0], Path(options.generate[1]))}
-        else:
-            record |= {"read_gb_s": read_bandwidth(0.5), "rows": layers(options.seconds)}
+            record |= {"model": options.generate, "tokens_per_second": generate(options.generate)}
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.table:

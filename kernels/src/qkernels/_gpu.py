@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALVES)
+from qkernels import _check
+from qkernels._check import require_groups
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,8 @@ def interpreting() -> bool:
 
 
 def require(name: str, t: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """ValueError that names the argument, what it is and what is allowed.  shape: None = any size of that axis;  like: on the same device"""
-    fits = t.dim() == len(shape) and all(want is None or have == want for have, want in zip(t.shape, shape, strict=True))
-    if not fits or t.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
-        raise ValueError(f"{name}: has shape {list(t.shape)}, {str(t.dtype).removeprefix('torch.')}; allowed: {wanted} of {allowed}")
-    if like is not None and t.device != like.device:
-        raise ValueError(f"{name}: is on {t.device}; allowed: {like.device}, where the first argument is")
+    """As `_check.require`, and on a GPU."""
+    _check.require(name, t, shape, dtypes, like)
     if t.device.type == "cpu" and not interpreting():
         raise ValueError(f"{name}: is on cpu; allowed: a GPU (or TRITON_INTERPRET=1 before the first import, for tests)")
 
@@ -52,13 +46,12 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def block_of_group(group: int, least: int, most: int = 64) -> int:
-    """The largest power of two up to `most` that divides a group."""
+def block_of_group(groups: int, k: int, least: int, most: int = 64) -> int:
+    """The largest power of two up to `most` that divides a group of the argument `scale`."""
+    group = require_groups("scale", groups, k, least)
     size = most
     while group % size:
         size //= 2
-    if size < least:
-        raise ValueError(f"group: got {group}; allowed: multiples of {least}")
     return size
 
 

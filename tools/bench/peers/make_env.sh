@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment of one peer: make_env.sh PEER FOLDER, PEER being a requirements-PEER.txt beside this file.
-# Each peer pins torch and transformers of its own, so none of them is in the workspace's lock; expect 5 to 7 GB each, less where the index offers torch for CPUs.
+# Each peer pins torch and transformers of its own, so none of them is in the workspace's lock; expect 5 to 7 GB each, less where the index offers torch for
+# CPUs. onnxruntime and ggml (built from source, some minutes) are small; FOLDER/lib/python3.11/site-packages of those is for `kernels.py --peers`.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 if [ $# -ne 2 ] || [ ! -f "$here/requirements-$1.txt" ]; then
@@ -16,4 +17,4 @@ if [ "$1" = gptqmodel ]; then
 else
   uv pip install --quiet -r "$here/requirements-$1.txt"
 fi
-uv pip freeze | grep -iE '^(torch|transformers|llmcompressor|compressed-tensors|gptqmodel|auto-round|hqq|torchao)==' || true
+uv pip freeze | grep -iE '^(torch|transformers|llmcompressor|compressed-tensors|gptqmodel|auto-round|hqq|torchao|onnxruntime|llama-cpp-python)==' || true

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require
+
 
 def codebook_linear(x: Tensor, codes: Tensor, books: Tensor, rows: int, columns: int, chunk: int = 256) -> Tensor:
     """y[t, n] = Σ_k x[t, k] · books[n // rows, k // columns, codes[n, k]]
@@ -14,7 +16,10 @@ def codebook_linear(x: Tensor, codes: Tensor, books: Tensor, rows: int, columns:
     chunk:   rows of the weight that are looked up at once: chunk · K values of x's dtype are held
     return:  [..., N] of x's dtype
     """
+    require("codes", codes, (None, None), (torch.uint8,))
     N, K = codes.shape
+    require("x", x, (..., K), FLOATING, codes)
+    require("books", books, (-(-N // rows), -(-K // columns), None), FLOATING, codes)
     step = max(chunk // rows, 1) * rows
     column = torch.arange(K, device=codes.device) // columns
     outputs = []

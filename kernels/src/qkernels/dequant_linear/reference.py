@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels._check import FLOATING, INTEGERS, require
+
 
 def dequantize_blocks(
     values: Tensor, scale: Tensor, block: tuple[int, ...], zero_point: Tensor | None = None, offset: Tensor | None = None
@@ -14,6 +16,10 @@ def dequantize_blocks(
     scale, zero_point, offset: one per block, [ceil(d0 / b0), ceil(d1 / b1), …]
     """
     shape = tuple(values.shape)
+    blocks = tuple(-(-d // b) for d, b in zip(shape, block, strict=True))
+    for name, t in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
+        if t is not None:
+            require(name, t, blocks, (*FLOATING, *INTEGERS), values)
     even = all(d % b == 0 for d, b in zip(shape, block, strict=True))
     # blocks that divide the shape need no copy of the scale for each value: [g0, b0, g1, b1, …] against [g0, 1, g1, 1, …]
     lay = _beside_blocks if even else _spread
@@ -37,6 +43,7 @@ def dequant_linear(
     values: [N, K], with scale, zero_point and offset as in `dequantize_blocks`
     return: [..., N], x.dtype
     """
+    require("x", x, (..., values.shape[-1]), FLOATING, values)
     return F.linear(x, dequantize_blocks(values, scale, block, zero_point, offset).to(x.dtype))
 
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import HALVES, Case, require, rows_of, warps_of
+from qkernels._check import HALVES, require_one
+from qkernels._gpu import Case, require, rows_of, warps_of
 
 
 @triton.jit
@@ -78,6 +79,8 @@ def fp4_linear(x: Tensor, packed: Tensor, scale: Tensor, tensor_scale: Tensor | 
     require("scale", scale, (n, k // group), (torch.uint8, torch.float8_e4m3fn), x)
     if mx == (tensor_scale is not None):
         raise ValueError(f"tensor_scale: is {'given' if mx else 'missing'}; allowed: one float32 with float8_e4m3fn scales, none with uint8 ones")
+    if tensor_scale is not None:
+        require_one("tensor_scale", tensor_scale, (torch.float32,), x)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
         bt = 16 if rows.shape[0] <= 16 else 64

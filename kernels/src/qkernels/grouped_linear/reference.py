@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require
 from qkernels.weight_linear.reference import weight_linear
 
 
@@ -15,6 +16,12 @@ def grouped_linear(x: Tensor, ends: Tensor, codes: Tensor, scale: Tensor) -> Ten
     scale:  [E, N, K/G] float
     return: [T, N], x.dtype
     """
+    require("x", x, (None, None), FLOATING)
+    require("codes", codes, (None, None, x.shape[1]), (torch.int8,), x)
+    require("ends", ends, (codes.shape[0],), (torch.int32,), x)
+    require("scale", scale, (*codes.shape[:2], None), FLOATING, x)
+    if (torch.diff(ends, prepend=ends.new_zeros(1)) < 0).any() or int(ends[-1]) != x.shape[0]:
+        raise ValueError(f"ends: is {ends.tolist()}; allowed: ascending numbers up to the {x.shape[0]} rows of x")
     pieces, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         pieces.append(weight_linear(x[start:end], codes[expert], scale[expert]))

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, HALVES, Case, block_of_group, require, warps_of
+from qkernels._check import FLOATS, HALVES, require_choice
+from qkernels._gpu import Case, block_of_group, require, warps_of
 
 
 @triton.jit
@@ -47,8 +48,7 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
     words: [E, N, K·bits / 32] int32, codes + 2^(bits-1), lowest bits first (`int_pack.pack`)
     scale: [E, N, K/G] float; G a multiple of 16
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits: got {bits}; allowed: 4, 8")
+    require_choice("bits", bits, (4, 8))
     require("x", x, (None, None), HALVES)
     t, k = x.shape
     require("words", words, (None, None, k * bits // 32), (torch.int32,), x)
@@ -56,9 +56,7 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
     require("ends", ends, (experts,), (torch.int32,), x)
     require("scale", scale, (experts, n, None), FLOATS, x)
     groups = scale.shape[2]
-    if groups == 0 or k % groups:
-        raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
-    block = block_of_group(k // groups, 16)
+    block = block_of_group(groups, k, 16)
     y = x.new_empty(t, n)
     if y.numel():
         bt = 16 if t <= 16 * experts else 64

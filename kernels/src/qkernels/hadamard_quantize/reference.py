@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require
 from qkernels.quantize_rows.reference import quantize_rows
 
 
@@ -20,10 +21,15 @@ def rotate(x: Tensor, small: Tensor | None = None) -> Tensor:
     x:     [T, K] float
     small: [m, m] a Hadamard matrix of another size (Paley), for K = m · 2^p; None = 1 × 1
     """
-    small = torch.ones(1, 1) if small is None else small.float()
+    require("x", x, (None, None), FLOATING)
+    small = torch.ones(1, 1, device=x.device) if small is None else small
     m = small.shape[0]
+    require("small", small, (m, m), FLOATING, x)
+    small = small.float()
     power = x.shape[1] // m
-    big = torch.kron(small, sylvester(power)).to(x.device)
+    if power * m != x.shape[1] or power & (power - 1) or not power:
+        raise ValueError(f"x: has K={x.shape[1]} with a small matrix of {m}; allowed: K = m · 2^p")
+    big = torch.kron(small, sylvester(power).to(x.device))
     return x.float() @ big.T / x.shape[1] ** 0.5
 
 

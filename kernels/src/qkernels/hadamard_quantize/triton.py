@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, Case, require
+from qkernels._check import FLOATS
+from qkernels._gpu import Case, require
 from qkernels.quantize_rows.triton import row_scale, to_codes
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.int8_conv.reference import require_operands
+
 
 def missing() -> str | None:
     """Why this torch or this processor cannot run it without loss; None where it can.
@@ -41,6 +43,7 @@ def int8_conv(
     groups: int,
 ) -> Tensor:
     """As `reference.int8_conv` of two spatial axes, to the rounding of float32; packed: from `prepack`"""
+    require_operands(x, x.shape[1], w_scale)
     zeros = torch.zeros(w_scale.shape[0], dtype=torch.int32)
     y: Tensor = torch.ops.onednn.qconv_pointwise(
         x, x_scale, x_zero, packed, w_scale, zeros, None, list(stride), list(padding), list(dilation), groups, 1.0, 0, torch.float32, "none", [], ""

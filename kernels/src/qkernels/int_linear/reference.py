@@ -1,7 +1,9 @@
 """Integer products of quantized rows with an integer weight in groups."""
 
+import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require, require_groups
 from qkernels.quantize_rows.reference import quantize_rows
 
 
@@ -14,7 +16,13 @@ def int_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None = N
     x_scale: one float32 of static inputs; None = one a row
     return:  [..., N], x.dtype; the sums over k are exact, the others are added in float64 here
     """
+    require("codes", codes, (None, None), (torch.int8,))
     n, k = codes.shape
+    require("x", x, (..., k), FLOATING, codes)
+    require("scale", scale, (n, None), FLOATING, codes)
+    require_groups("scale", scale.shape[1], k)
+    if shift is not None:
+        require("shift", shift, tuple(scale.shape), FLOATING, codes)
     groups = scale.shape[1]
     q, s = quantize_rows(x.reshape(-1, k), x_scale)
     by_group = q.double().unflatten(1, (groups, -1))  # [T, groups, G]

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, Case, block_of_group, require, warps_of
+from qkernels._check import FLOATS, require_choice
+from qkernels._gpu import Case, block_of_group, require, warps_of
 
 
 @triton.jit
@@ -45,8 +46,8 @@ def int_linear(
     shift:   [N, K/G] float32, or None
     return:  [T, N] dtype
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits: got {bits}; allowed: 4, 8")
+    require_choice("bits", bits, (4, 8))
+    require_choice("dtype", dtype, FLOATS)
     require("q", q, (None, None), (torch.int8,))
     t, k = q.shape
     require("x_scale", x_scale, (t, 1), (torch.float32,), q)
@@ -54,11 +55,9 @@ def int_linear(
     n = words.shape[0]
     require("scale", scale, (n, None), FLOATS, q)
     groups = scale.shape[1]
-    if groups == 0 or k % groups:
-        raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
+    block = block_of_group(groups, k, 32)
     if shift is not None:
         require("shift", shift, (n, groups), (torch.float32,), q)
-    block = block_of_group(k // groups, 32)
     y = torch.empty(t, n, dtype=dtype, device=q.device)
     if y.numel():
         bt = 16 if t <= 16 else 64

@@ -6,6 +6,8 @@ Each row starts on a new word; what is left of its last word is zero.  A code ma
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, INTEGERS, require, require_choice, require_groups
+
 WORD_BYTES = {torch.uint8: 1, torch.int32: 4}
 CHUNK = 1 << 22  # codes whose int64 accumulators are alive at one time
 
@@ -23,6 +25,8 @@ def pack(codes: Tensor, bits: int, word: torch.dtype = torch.uint8) -> Tensor:
     return: [..., ceil(K·bits / bits of a word)] of that dtype
     """
     _check_bits(bits)
+    require("codes", codes, (..., None), INTEGERS)
+    require_choice("word", word, tuple(WORD_BYTES))
     *rows, k = codes.shape
     words = packed_words(k, bits, word)
     if codes.is_meta or codes.numel() == 0:
@@ -44,8 +48,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return: [..., K] uint8 up to 8 bits, else int32
     """
     _check_bits(bits)
-    if packed.dtype not in WORD_BYTES:
-        raise ValueError(f"words are uint8 or int32, got {packed.dtype}")
+    require("packed", packed, (..., None), tuple(WORD_BYTES))
     words = packed_words(count, bits, packed.dtype)
     if packed.shape[-1] != words:
         raise ValueError(f"{count} codes of {bits} bits take {words} words of {packed.dtype}, got {packed.shape[-1]}")
@@ -128,6 +131,10 @@ def quantize_pack(w: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     scale:  [N, K/G] float
     return: [N, ceil(K·bits / 32)] int32
     """
+    _check_bits(bits)
+    require("w", w, (None, None), FLOATING)
+    require("scale", scale, (w.shape[0], None), FLOATING, w)
+    require_groups("scale", scale.shape[1], w.shape[1])
     half = 1 << (bits - 1)
     s = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], 1)
     z = torch.where(s == 0, 0.0, w.float() / torch.where(s == 0, 1.0, s))
@@ -136,5 +143,8 @@ def quantize_pack(w: Tensor, scale: Tensor, *, bits: int) -> Tensor:
 
 def dequantize(words: Tensor, scale: Tensor, *, bits: int, count: int) -> Tensor:
     """The values [N, count] float32 that `quantize_pack`'s words stand for."""
+    require("words", words, (None, None), tuple(WORD_BYTES))
+    require("scale", scale, (words.shape[0], None), FLOATING, words)
+    require_groups("scale", scale.shape[1], count)
     codes = unpack(words, bits, count).float() - (1 << (bits - 1))
     return codes * scale.float().repeat_interleave(count // scale.shape[1], 1)

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, Case, require
+from qkernels._check import FLOATS, require_choice, require_groups
+from qkernels._gpu import Case, require
 
 
 @triton.jit
@@ -46,8 +47,7 @@ def _groups_of(scale: Tensor, n: int, k: int, bits: int, like: Tensor) -> int:
         raise ValueError(f"bits: got {bits} with K={k}; allowed: 4 with K a multiple of 8, 8 with K a multiple of 4")
     require("scale", scale, (n, None), FLOATS, like)
     groups = scale.shape[1]
-    if groups == 0 or k % groups:
-        raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
+    require_groups("scale", groups, k)
     return groups
 
 
@@ -67,6 +67,7 @@ def quantize_pack(w: Tensor, scale: Tensor, *, bits: int) -> Tensor:
 def dequantize(words: Tensor, scale: Tensor, *, bits: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """As `reference.dequantize`, rounded to dtype.  words [N, K·bits / 32] int32, scale [N, K/G] float → [N, K] dtype"""
     require("words", words, (None, None), (torch.int32,))
+    require_choice("dtype", dtype, FLOATS)
     n, k = words.shape[0], words.shape[1] * 32 // (bits or 1)
     groups = _groups_of(scale, n, k, bits, words)
     w = torch.empty(n, k, dtype=dtype, device=words.device)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require, require_choice
+
 
 def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """[..., S, D] float32 from codes [..., S, D·bits / 8] uint8 (the integer + 2^(bits-1); 4 bits: low nibble first) and scale [..., S]."""
@@ -20,8 +22,17 @@ def kv_attention(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tens
     lengths: [B] int32, how many of the S tokens are there, 1 at least
     return:  [B, H, D], q.dtype
     """
+    require_choice("bits", bits, (4, 8))
+    require("q", q, (None, None, None), FLOATING)
     b, h, d = q.shape
+    require("k", k, (b, None, None, d * bits // 8), (torch.uint8,), q)
     c, s = k.shape[1:3]
+    if c == 0 or h % c:
+        raise ValueError(f"q: has {h} heads over {c} of the cache; allowed: a multiple of them")
+    require("v", v, (b, c, s, d * bits // 8), (torch.uint8,), q)
+    require("k_scale", k_scale, (b, c, s), FLOATING, q)
+    require("v_scale", v_scale, (b, c, s), FLOATING, q)
+    require("lengths", lengths, (b,), (torch.int32,), q)
     queries = q.float().reshape(b, c, h // c, d)
     scores = queries @ dequantize(k, k_scale, bits).mT / d**0.5
     there = torch.arange(s, device=q.device) < lengths[:, None]

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import HALVES, Case, require
+from qkernels._check import HALVES, require_choice
+from qkernels._gpu import Case, require
 
 
 @triton.jit
@@ -56,8 +57,7 @@ def kv_attention(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tens
     q: [B, H, D] float16 or bfloat16; D a power of two from 16 to 256, at most 64 queries a head of the cache
     lengths: 1 … S: not checked, as that would wait for the device
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits: got {bits}; allowed: 4, 8")
+    require_choice("bits", bits, (4, 8))
     require("q", q, (None, None, None), HALVES)
     b, h, d = q.shape
     if d < 16 or d > 256 or d & (d - 1):

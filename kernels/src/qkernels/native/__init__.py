@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qkernels._check import require_one
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOATS = "float32, float16, bfloat16"
 NOT_FINITE = 1
@@ -89,6 +91,10 @@ def linear(
     dtype = TYPES.get(x.dtype)
     if dtype is None or x.device.type != "cpu" or x.shape[-1] != k:
         raise ValueError(f"x: has shape {list(x.shape)}, {x.dtype}, on {x.device}; allowed: [..., {k}] of {FLOATS} on cpu")
+    if codes.device.type != "cpu":
+        raise ValueError(f"codes: is on {codes.device}; allowed: cpu, where x is")
+    if x_scale is not None:
+        require_one("x_scale", x_scale, (torch.float32,), x)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     rows = x.numel() // k
@@ -123,6 +129,8 @@ def quantize_rows(x: Tensor, x_scale: Tensor | None = None, *, isa: str | None =
     dtype = TYPES.get(x.dtype)
     if dtype is None or x.device.type != "cpu" or x.dim() != 2:
         raise ValueError(f"x: has shape {list(x.shape)}, {x.dtype}, on {x.device}; allowed: [T, K] of {FLOATS} on cpu")
+    if x_scale is not None:
+        require_one("x_scale", x_scale, (torch.float32,), x)
     x = x.contiguous()
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
     if x.numel() == 0:

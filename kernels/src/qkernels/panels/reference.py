@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require, require_choice
+
 LANES = 16
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +26,21 @@ class Panels:
     shape: tuple[int, int]
     group: int
     bits: int
+
+    def __post_init__(self) -> None:
+        # the native kernels read these by address
+        n, k = self.shape
+        require_choice("bits", self.bits, (4, 8))
+        step, panels = 32 // self.bits, -(-n // LANES)
+        if self.group <= 0 or k % self.group or self.group % step:
+            raise ValueError(f"group: got {self.group} with K={k}; allowed: divisors of K that are multiples of {step} for {self.bits} bits")
+        require("codes", self.codes, (panels, k // step, LANES, 4), (torch.uint8,))
+        require("scale", self.scale, (panels, k // self.group, LANES), SCALES, self.codes)
+        if self.shift is not None:
+            require("shift", self.shift, (panels, k // self.group, LANES), (torch.float32,), self.codes)
+        for name, t in (("codes", self.codes), ("scale", self.scale), ("shift", self.shift)):
+            if t is not None and not t.is_contiguous():
+                raise ValueError(f"{name}: has strides {list(t.stride())}; allowed: contiguous tensors")
 
     @property
     def nbytes(self) -> int:
@@ -45,8 +62,9 @@ def pack(codes: Tensor, scale: Tensor, shift: Tensor | None = None, *, bits: int
     n, k = codes.shape
     if scale.dim() != 2 or scale.shape[0] != n or scale.dtype not in SCALES or not scale.shape[1] or k % scale.shape[1]:
         raise ValueError(f"scale: has shape {list(scale.shape)}, {scale.dtype}; allowed: [{n}, groups of K={k}] of float32, float16, bfloat16")
-    if shift is not None and shift.shape != scale.shape:
-        raise ValueError(f"shift: has shape {list(shift.shape)}; allowed: that of scale, {list(scale.shape)}")
+    require("scale", scale, (n, None), SCALES, codes)
+    if shift is not None:
+        require("shift", shift, tuple(scale.shape), FLOATING, codes)
     group, step = k // scale.shape[1], 32 // bits
     if group % step:
         raise ValueError(f"scale: {scale.shape[1]} groups of K={k} are {group} inputs each; allowed: multiples of {step} for {bits} bits")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require, require_one
+
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """codes = round(x / scale), ties to even, clipped to -128 … 127.
@@ -11,6 +13,9 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
     scale:  one float32 for all rows; None = the smallest that lets both ends of the row fit, max(high / 127, -low / 128), and 1 for a row of zeros
     return: codes [T, K] int8, scale [T, 1] float32
     """
+    require("x", x, (None, None), FLOATING)
+    if scale is not None:
+        require_one("scale", scale, FLOATING, x)
     x = x.float()
     if not torch.isfinite(x).all():
         raise ValueError("x: holds NaN or infinity, for which there is no int8 code; allowed: finite values")

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, Case, require
+from qkernels._check import FLOATS, require_one
+from qkernels._gpu import Case, require
 
 
 @triton.jit
@@ -50,6 +51,8 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
     x: [T, K] float32, float16 or bfloat16, rows contiguous in themselves
     """
     require("x", x, (None, None), FLOATS)
+    if scale is not None:
+        require_one("scale", scale, FLOATS, x)
     if x.stride(-1) != 1:
         x = x.contiguous()
     t, k = x.shape

@@ -3,6 +3,21 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require
+
+
+def require_operands(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor | None) -> None:
+    """ValueError where the scans would not take them."""
+    require("u", u, (None, None, None), FLOATING)
+    b, t, d = u.shape
+    require("delta", delta, (b, t, d), FLOATING, u)
+    require("A", A, (d, None), FLOATING, u)
+    n = A.shape[1]
+    require("B", B, (b, t, n), FLOATING, u)
+    require("C", C, (b, t, n), FLOATING, u)
+    if start is not None:
+        require("start", start, (b, d, n), FLOATING, u)
+
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t,  y_t = h_t C_t
@@ -10,6 +25,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     u, delta: [B, T, D];  A: [D, N], negative;  B, C: [B, T, N];  start: [B, D, N], None = zeros
     return:   y [B, T, D], the last state [B, D, N]
     """
+    require_operands(u, delta, A, B, C, start)
     h = u.new_zeros(u.shape[0], *A.shape) if start is None else start
     outputs = []
     for t in range(u.shape[1]):
@@ -25,6 +41,7 @@ def selective_scan_int8(
 
     h_scale, c_scale: one number each, the value of one step of the 8-bit codes of h and C
     """
+    require_operands(u, delta, A, B, C, start)
     h = u.new_zeros(u.shape[0], *A.shape) if start is None else start
     outputs = []
     for t in range(u.shape[1]):

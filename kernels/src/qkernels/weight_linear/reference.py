@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels._check import FLOATING, require, require_groups
+
 
 def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """code · scale + shift.
@@ -11,7 +13,11 @@ def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None = None) -> Ten
     scale:  [N, K/G] float, one for G consecutive inputs;  shift: alike, or None
     return: [N, K] float32
     """
-    group = codes.shape[1] // scale.shape[1]
+    require("codes", codes, (None, None), (torch.int8,))
+    require("scale", scale, (codes.shape[0], None), FLOATING, codes)
+    group = require_groups("scale", scale.shape[1], codes.shape[1])
+    if shift is not None:
+        require("shift", shift, tuple(scale.shape), FLOATING, codes)
     w = codes.float() * scale.float().repeat_interleave(group, 1)
     return w if shift is None else w + shift.float().repeat_interleave(group, 1)
 
@@ -23,4 +29,5 @@ def weight_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None 
     codes, scale, shift: as in `dequantize`
     return: [..., N], x.dtype
     """
+    require("x", x, (..., codes.shape[-1]), FLOATING, codes)
     return torch.nn.functional.linear(x.float(), dequantize(codes, scale, shift)).to(x.dtype)

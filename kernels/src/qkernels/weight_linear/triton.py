@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels._gpu import FLOATS, HALVES, Case, block_of_group, require, rows_of, warps_of
+from qkernels._check import FLOATS, HALVES, require_choice
+from qkernels._gpu import Case, block_of_group, require, rows_of, warps_of
 
 
 @triton.jit
@@ -43,8 +44,7 @@ def weight_linear(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None 
     shift:  [N, K/G] float32, or None
     bits:   4 or 8
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits: got {bits}; allowed: 4, 8")
+    require_choice("bits", bits, (4, 8))
     k = x.shape[-1]
     rows = rows_of(x)
     require("x", rows, (None, None), HALVES)
@@ -52,11 +52,9 @@ def weight_linear(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None 
     n = words.shape[0]
     require("scale", scale, (n, None), FLOATS, x)
     groups = scale.shape[1]
-    if groups == 0 or k % groups:
-        raise ValueError(f"scale: has {groups} groups; allowed: a divisor of K={k}")
+    block = block_of_group(groups, k, 16)
     if shift is not None:
         require("shift", shift, (n, groups), (torch.float32,), x)
-    block = block_of_group(k // groups, 16)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
         bt = 16 if rows.shape[0] <= 16 else 64

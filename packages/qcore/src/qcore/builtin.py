@@ -122,8 +122,9 @@ def qcore_packings():
 @hookimpl
 def qcore_kernels():
     from qcore.ops import KERNELS
+    from qcore.ops.triton_linear import TRITON_KERNELS
 
-    return list(KERNELS)
+    return [*KERNELS, *TRITON_KERNELS]
 
 
 @hookimpl

@@ -87,28 +87,54 @@ void float_panels(void* p, int64_t begin, int64_t end) {
 
 struct IntJob {
   Call& call;
+  int digits;  // of an input: 1 or 3
+  int64_t together;
   int8_t* codes;
   float* scale;
-  int32_t* sums;
+  float* steps;
+  int32_t* starts;
   int finite;
 };
 
-void quantize_rows(void* p, int64_t begin, int64_t end) {
+// [digits, K] of row r of R → its place in [K/4, R, digits, 4]
+void interleave(const int8_t* from, int64_t k, int digits, int64_t rows, int64_t r, int8_t* to) {
+  const int64_t stride = rows * digits * 4;
+  to += r * digits * 4;
+  for (int d = 0; d < digits; d++, from += k, to += 4)
+    for (int64_t j = 0; j < k / 4; j++) __builtin_memcpy(to + j * stride, from + 4 * j, 4);
+}
+
+// blocks of rows that lie together
+void prepare_rows(void* p, int64_t begin, int64_t end) {
   IntJob& job = *(IntJob*)p;
   const Call& call = job.call;
-  const int64_t k = call.weight.k, size = call.x_type == FLOAT32 ? 4 : 2, segments = k / call.weight.segment;
-  Memory scratch(call.x_type == FLOAT32 ? 0 : sizeof(float) * k);
-  for (int64_t row = begin; row < end; row++) {
-    const char* x = (const char*)call.x + row * k * size;
-    bool fine = scratch.p && call.ops->quantize(x, call.x_type, k, call.weight.segment, call.static_scale, job.codes + row * k, job.scale + row,
-                                                job.sums + row * segments, (float*)scratch.p);
-    if (!fine) __atomic_store_n(&job.finite, scratch.p ? 0 : -1, __ATOMIC_RELAXED);
+  const Weight& w = call.weight;
+  const int64_t segments = w.k / w.segment;
+  const bool narrow = call.x_type != FLOAT32, alone = job.digits == 1 && job.together == 1;
+  Memory floats(narrow ? sizeof(float) * w.k : 0), planes(alone ? 0 : w.k * job.digits);
+  if (!floats.p || !planes.p) return __atomic_store_n(&job.finite, -1, __ATOMIC_RELAXED);
+  for (int64_t row = begin * job.together; row < end * job.together && row < call.t; row++) {
+    const int64_t first = row / job.together * job.together, rows = call.t - first < job.together ? call.t - first : job.together;
+    const float* x = (const float*)call.x + row * w.k;
+    if (narrow) {
+      call.ops->to_float((const uint16_t*)call.x + row * w.k, call.x_type, w.k, (float*)floats.p);
+      x = (const float*)floats.p;
+    }
+    int8_t *block = job.codes + first * w.k * job.digits, *codes = alone ? block : (int8_t*)planes.p;
+    int32_t* starts = job.starts + row * segments * job.digits;
+    const bool fine = job.digits == 1 ? call.ops->quantize(x, w.k, w.segment, call.static_scale, codes, job.scale + row, starts)
+                                      : call.ops->to_digits(x, w.k, w.segment, codes, job.steps + row * segments, starts);
+    if (!fine) return __atomic_store_n(&job.finite, 0, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < segments * job.digits; i++) starts[i] *= w.bits == 4 ? -8 : -128;
+    if (!alone) interleave(codes, w.k, job.digits, rows, row - first, block);
   }
 }
 
 void int_panels(void* p, int64_t begin, int64_t end) {
   IntJob& job = *(IntJob*)p;
-  job.call.ops->int_linear(job.call.weight, job.codes, job.scale, job.sums, job.call.t, begin, end, job.call.out);
+  const Ops* ops = job.call.ops;
+  const Inputs x = {job.codes, job.scale, job.steps, job.starts};
+  (job.digits == 1 ? ops->int_linear : ops->digits_linear)(job.call.weight, x, job.call.t, begin, end, job.call.out);
 }
 
 constexpr int64_t GRAIN = 4;  // panels: what the kernels take at one time, at most
@@ -122,7 +148,29 @@ bool use_openmp_of(const char* path) {
   return parallel != nullptr;
 }
 
+namespace {
+
+Status integer_call(Call& call, int digits) {
+  Weight& w = call.weight;
+  w.segment = segment_of(w.group, w.bits);
+  const int64_t segments = w.k / w.segment, together = (digits == 1 ? call.ops->int_together : call.ops->digits_together)(call.t);
+  // a tile of the matrix unit may read a little beyond the last row
+  Memory codes(call.t * w.k * digits + 64), scale(sizeof(float) * call.t), steps(digits == 1 ? 0 : sizeof(float) * call.t * segments),
+      starts(sizeof(int32_t) * call.t * segments * digits);
+  if (!codes.p || !scale.p || !steps.p || !starts.p) return NO_MEMORY;
+  IntJob job = {call, digits, together, (int8_t*)codes.p, (float*)scale.p, (float*)steps.p, (int32_t*)starts.p, 1};
+  over((call.t + together - 1) / together, 1, useful_threads(call.threads, call.t * w.k), prepare_rows, &job);
+  if (job.finite != 1) return job.finite ? NO_MEMORY : NOT_FINITE;
+  over(w.panels(), GRAIN, useful_threads(call.threads, w.n * w.k * call.t), int_panels, &job);
+  return OK;
+}
+
+}  // namespace
+
 Status float_call(Call& call) {
+  // NaN and infinity have no digits
+  Status status = call.ops->digits_linear ? integer_call(call, 3) : NOT_FINITE;
+  if (status != NOT_FINITE) return status;
   Weight& w = call.weight;
   w.segment = w.group;
   const bool narrow = call.x_type != FLOAT32;
@@ -135,19 +183,7 @@ Status float_call(Call& call) {
   return OK;
 }
 
-Status int8_call(Call& call) {
-  Weight& w = call.weight;
-  w.segment = segment_of(w.group, w.bits);
-  const int64_t segments = w.k / w.segment;
-  // a tile of the matrix unit may read a little beyond the last row
-  Memory codes(call.t * w.k + 64), scale(sizeof(float) * call.t), sums(sizeof(int32_t) * call.t * segments);
-  if (!codes.p || !scale.p || !sums.p) return NO_MEMORY;
-  IntJob job = {call, (int8_t*)codes.p, (float*)scale.p, (int32_t*)sums.p, 1};
-  over(call.t, 1, useful_threads(call.threads, call.t * w.k), quantize_rows, &job);
-  if (job.finite != 1) return job.finite ? NO_MEMORY : NOT_FINITE;
-  over(w.panels(), GRAIN, useful_threads(call.threads, w.n * w.k * call.t), int_panels, &job);
-  return OK;
-}
+Status int8_call(Call& call) { return integer_call(call, 1); }
 
 Status quantize_call(const Ops* ops, const void* x, int type, int64_t t, int64_t k, float static_scale, int8_t* codes, float* scale, int threads) {
   Call call = {};
@@ -155,8 +191,8 @@ Status quantize_call(const Ops* ops, const void* x, int type, int64_t t, int64_t
   call.weight.k = call.weight.segment = k;
   Memory sums(sizeof(int32_t) * t);
   if (!sums.p) return NO_MEMORY;
-  IntJob job = {call, codes, scale, (int32_t*)sums.p, 1};
-  over(t, 1, useful_threads(threads, t * k), quantize_rows, &job);
+  IntJob job = {call, 1, 1, codes, scale, nullptr, (int32_t*)sums.p, 1};
+  over(t, 1, useful_threads(threads, t * k), prepare_rows, &job);
   return job.finite == 1 ? OK : job.finite ? NO_MEMORY : NOT_FINITE;
 }
 

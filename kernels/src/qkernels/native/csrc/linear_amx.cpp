@@ -42,7 +42,7 @@ bool may_use_tiles() {
 
 const qk::Ops* qk::amx_ops() {
   static const bool here = qk::avx512_ops() && may_use_tiles();
-  static const Ops ops = here ? Ops{avx512_ops()->float_linear, int_linear, avx512_ops()->quantize, avx512_ops()->to_float} : Ops{};
+  static const Ops ops = here ? with_tiles(avx512_ops()) : Ops{};
   return here ? &ops : nullptr;
 }
 #if defined(__clang__)

@@ -41,8 +41,9 @@ float scale_of(const Weight& w, int64_t index) {
 
 // 32 rows from m0 (those beyond t read the last one again, and are not written), panels p and p + 1
 template <int B>
-void tiles_of_panels(const Weight& w, const int8_t* x, const float* x_scale, const int32_t* sums, int64_t t, int64_t p, int64_t p1, Output out) {
-  constexpr int32_t ZERO = B == 4 ? 8 : 128;
+void tiles_of_panels(const Weight& w, const Inputs& inputs_of, int64_t t, int64_t p, int64_t p1, Output out) {
+  constexpr float UNRAISED = B == 4 ? -1.0f / 8 : -1.0f / 128;  // a start is the sum of the inputs, times what codes are raised by
+  const int8_t* x = inputs_of.codes;
   const int64_t segments = w.k / w.segment, groups = w.k / w.group, inputs = tile_inputs(w.segment);
   alignas(64) uint8_t unpacked[2][SEGMENT * LANES];
   alignas(64) int32_t products[4][TILE * LANES];
@@ -101,12 +102,12 @@ void tiles_of_panels(const Weight& w, const int8_t* x, const float* x_scale, con
         tile_store<2>(products[2], 64);
         tile_store<3>(products[3], 64);
         for (int64_t r = 0; r < here; r++) {
-          const int32_t sum = sums[(m0 + m + r) * segments + q];
+          const int32_t start = inputs_of.starts[(m0 + m + r) * segments + q];
           for (int b = 0; b < 2; b++) {
             const int32_t* product = products[r / TILE * 2 + b] + r % TILE * LANES;
             float* to = c[m + r] + b * LANES;
             for (int64_t i = 0; i < LANES; i++)
-              to[i] += s[b * LANES + i] * (float)(product[i] - ZERO * sum) + shift[b * LANES + i] * (float)sum;
+              to[i] += s[b * LANES + i] * (float)(product[i] + start) + shift[b * LANES + i] * (float)start * UNRAISED;
           }
         }
       }
@@ -115,7 +116,7 @@ void tiles_of_panels(const Weight& w, const int8_t* x, const float* x_scale, con
       const int64_t row = m0 + m, count = least_of(least_of(2, p1 - p) * LANES, w.n - p * LANES);
       for (int64_t i = 0; i < count; i++) {
         const int64_t at = row * w.n + p * LANES + i;
-        const float y = c[m][i] * x_scale[row];
+        const float y = c[m][i] * inputs_of.scale[row];
         if (out.type == FLOAT32) ((float*)out.y)[at] = y;
         else ((uint16_t*)out.y)[at] = out.type == FLOAT16 ? float_to_half(y) : float_to_bfloat(y);
       }
@@ -125,14 +126,23 @@ void tiles_of_panels(const Weight& w, const int8_t* x, const float* x_scale, con
 
 constexpr int64_t DIRECT = 4;  // rows for which AVX-512 reads the codes faster
 
-void int_linear(const Weight& w, const int8_t* codes, const float* scale, const int32_t* sums, int64_t t, int64_t p0, int64_t p1, Output out) {
-  if (t <= DIRECT) return small_ops()->int_linear(w, codes, scale, sums, t, p0, p1, out);
+void int_linear(const Weight& w, const Inputs& x, int64_t t, int64_t p0, int64_t p1, Output out) {
+  if (t <= DIRECT) return small_ops()->int_linear(w, x, t, p0, p1, out);
   configure(tile_inputs(w.segment));
   for (int64_t p = p0; p < p1; p += 2) {
-    if (w.bits == 4) tiles_of_panels<4>(w, codes, scale, sums, t, p, p1, out);
-    else tiles_of_panels<8>(w, codes, scale, sums, t, p, p1, out);
+    if (w.bits == 4) tiles_of_panels<4>(w, x, t, p, p1, out);
+    else tiles_of_panels<8>(w, x, t, p, p1, out);
   }
   tile_release();
+}
+
+int64_t int_together(int64_t) { return 1; }
+
+// all of `small`, but for many rows of int8
+Ops with_tiles(const Ops* small) {
+  Ops ops = *small;
+  ops.int_linear = int_linear, ops.int_together = int_together;
+  return ops;
 }
 
 }  // namespace

@@ -42,6 +42,6 @@ const qk::Ops* small_ops() { return qk::portable_ops(); }
 #include "linear_amx.inl"
 
 const qk::Ops* qk::amx_emulated_ops() {
-  static const Ops ops = {portable_ops()->float_linear, int_linear, portable_ops()->quantize, portable_ops()->to_float};
+  static const Ops ops = with_tiles(portable_ops());
   return &ops;
 }

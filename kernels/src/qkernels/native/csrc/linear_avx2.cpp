@@ -9,16 +9,19 @@
 #endif
 #define QK_NB 1
 #define QK_MR 6
+#define QK_IMR 3
 #define QK_DIRECT 3
 namespace qk {
 namespace {
 #include "isa_avx2.h"
 }
 }  // namespace qk
-#include "linear.inl"
+#include "inputs.inl"
+#include "linear_float.inl"
+#include "linear_int.inl"
 
 const qk::Ops* qk::avx2_ops() {
-  static const Ops ops = {float_linear, int_linear, quantize, to_float};
+  static const Ops ops = {float_linear, int_linear<1>, nullptr, together<1>, nullptr, quantize, nullptr, to_float};
   static const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return here ? &ops : nullptr;
 }

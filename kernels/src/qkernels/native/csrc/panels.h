@@ -35,15 +35,31 @@ struct Output {
   int type;
 };
 
-// What one instruction set offers.  Panels p0 to p1 of the output are written; x and codes are whole matrices [T, K].
+// Inputs as integers.  D = 1: int8 codes with one scale a row.  D = 3: digits of 24-bit numbers with one step a segment,
+//
+//   x = step * (digit0 + 256 * digit1 + 65536 * digit2), digits from -128 to 127, step a power of two
+//
+// so that float inputs too are multiplied as bytes.  A segment's largest input takes all 24 bits, or 23: the others are off by at most 2^-23 of it.
+struct Inputs {
+  const int8_t* codes;    // [T / R, K/4, R, D, 4]: R rows lie together (the last ones are fewer)
+  const float* scale;     // [T], of D = 1
+  const float* steps;     // [T, K / segment], of D = 3
+  const int32_t* starts;  // [T, K / segment, D], where sums start: -8 (4 bits) or -128 (8 bits), what stored codes are raised by, times the inputs' sum
+};
+
+// What one instruction set offers.  Panels p0 to p1 of the output are written.
 struct Ops {
-  // sums: [T, K / group], of the inputs of each group; read only where there are shifts
+  // x: [T, K];  sums: [T, K / group], of the inputs of each group; read only where there are shifts
   void (*float_linear)(const Weight&, const float* x, const float* sums, int64_t t, int64_t p0, int64_t p1, Output);
-  // sums: [T, K / segment], of the codes of each segment;  x_scale: [T]
-  void (*int_linear)(const Weight&, const int8_t* codes, const float* x_scale, const int32_t* sums, int64_t t, int64_t p0, int64_t p1, Output);
-  // static_scale 0: one scale a row that lets both ends of the row fit.  false: a value is NaN or infinite
-  // scratch: [K]
-  bool (*quantize)(const void* x, int type, int64_t k, int64_t segment, float static_scale, int8_t* codes, float* scale, int32_t* sums, float* scratch);
+  void (*int_linear)(const Weight&, const Inputs&, int64_t t, int64_t p0, int64_t p1, Output);
+  void (*digits_linear)(const Weight&, const Inputs&, int64_t t, int64_t p0, int64_t p1, Output);  // null: float_linear is faster
+  // R of `Inputs`, of t rows
+  int64_t (*int_together)(int64_t t);
+  int64_t (*digits_together)(int64_t t);
+  // One row.  static_scale 0: one scale that lets both ends of the row fit.  sums: [K / segment], of the codes.  false: a value is NaN or infinite
+  bool (*quantize)(const float* x, int64_t k, int64_t segment, float static_scale, int8_t* codes, float* scale, int32_t* sums);
+  // One row.  codes: [3, K];  steps: [K / segment];  sums: [K / segment, 3], of the digits.  false: a value is NaN or infinite
+  bool (*to_digits)(const float* x, int64_t k, int64_t segment, int8_t* codes, float* steps, int32_t* sums);
   void (*to_float)(const void* x, int type, int64_t count, float* out);
 };
 
