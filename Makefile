@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 PATHS ?= packages kernels
 
-.PHONY: help sync fix lint test slow native bench docs evidence evidence-selection new-plugin
+.PHONY: help sync fix lint test slow native bench docs samples evidence evidence-selection new-plugin
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench:  ## time the kernels on this machine
 
 docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
 	uv run python tools/check_docs.py
+
+samples:  ## run the main job, and put what it prints into README.md and docs/tour.md
+	uv run python tools/samples.py
 
 evidence:  ## compute the cells of docs/evidence that are missing
 	uv run --group evidence python tools/bench/evidence.py

@@ -51,6 +51,7 @@ _RTN = ('solver={name="rtn",clip="none"}',)
 _CLIP = ('solver={name="rtn",clip="mse",signed_scale=false}',)
 _KEEP = ("correct_bias=false",)
 _CLE = ('transforms=[{name="fold-batchnorm"},{name="equalize"}]',)
+_LAYERS = 'solver={name="adaround",clip="mse",signed_scale=false}'
 _ADAROUND = 'block_solver={name="adaround"}'
 _WIDTHS = ",".join(f'{{spec={{format={{name="int",bits={bits}}},granularity="channel"}}}}' for bits in (4, 8))
 _MIXED = f'allocator={{name="mixed",bits=5.0,metric="mse",solver={{name="gptq",clip="mse",signed_scale=false}},candidates=[{_WIDTHS}]}}'
@@ -70,8 +71,9 @@ METHODS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "w4a8-gptq": ("cnn-w4a8", _KEEP, "GPTQ"),
     "w4a8": ("cnn-w4a8", (), "… and bias correction: the recipe `cnn-w4a8`"),
     "w4a8-cle": ("cnn-w4a8", _CLE, "… and cross-layer equalization"),
-    "w4a8-clip-adaround": ("cnn-w4a8", (*_CLIP, _ADAROUND), "a clip search, AdaRound over blocks (200 steps), bias correction"),
-    "w4a8-adaround": ("cnn-w4a8", (_ADAROUND,), "GPTQ, AdaRound over blocks (200 steps), bias correction"),
+    "w4a8-adaround-layers": ("cnn-w4a8", (_LAYERS,), "AdaRound layer by layer (400 steps), bias correction"),
+    "w4a8-clip-adaround": ("cnn-w4a8", (*_CLIP, _ADAROUND), "a clip search, AdaRound over the whole network (200 steps), bias correction"),
+    "w4a8-adaround": ("cnn-w4a8", (_ADAROUND,), "GPTQ, AdaRound over the whole network (200 steps), bias correction"),
     "w4a8-mixed-5": ("cnn-w4a8", (_MIXED,), "4 or 8 bits a layer under a budget of 5 (by squared error), GPTQ, bias correction"),
 }
 

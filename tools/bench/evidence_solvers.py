@@ -37,6 +37,7 @@ METHODS = {
     "gptq-g32": ("w{b}a16-gptq", (_WIDE,), "GPTQ in groups of 32"),
     "lowrank": ("w2a16-lowrank", ("rules.0.format.bits={b}",), "GPTQ and an 8-bit correction of rank 8"),
     "lwc": ("w3a16-lwc", ("rules.0.format.bits={b}",), "learned clipping, nearest rounding"),
+    "adaround-layers": ("w{b}a16-gptq", ("solver.name=adaround",), "AdaRound layer by layer, from nearest rounding"),
     "adaround": ("w2a16-adaround", ("rules.0.format.bits={b}",), "GPTQ, then AdaRound over blocks"),
     "signround": ("w2a16-signround", ("rules.0.format.bits={b}",), "GPTQ, then SignRound over blocks"),
     "gptvq-1d": (
@@ -59,7 +60,7 @@ NEIGHBOURS = {
 }
 _ON_SMOLLM2 = ("w8a8-static", "spike-aware-w8a8")  # whose input spikes are real; the learned ones take half an hour there
 _AT_2_ONLY = ("gptvq-2d", "gptvq-4d")
-_ONE_SEED = ("rtn-clip", "hqq", "lwc", "adaround", "gptvq-4d")  # no data, or minutes a cell
+_ONE_SEED = ("rtn-clip", "hqq", "lwc", "adaround", "adaround-layers", "gptvq-4d")  # no data, or minutes a cell
 _BUDGETS = (3.0, 3.25, 3.5)
 _METRICS = ("mse", "output", "fisher", "taylor", "hessian-trace", "cca", "pruning", "spikes")
 

@@ -61,9 +61,10 @@ def qcore_transforms():
 @hookimpl
 def qcore_solvers():
     from qcore.solvers import GPTQ, GPTVQ, HQQ, RTN
+    from qcore.solvers.adaround import LayerAdaRound
     from qcore.solvers.pbllm import PBLLM
 
-    return [RTN, HQQ, GPTQ, GPTVQ, PBLLM]
+    return [RTN, HQQ, GPTQ, GPTVQ, LayerAdaRound, PBLLM]
 
 
 @hookimpl
