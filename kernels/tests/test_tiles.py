@@ -21,7 +21,7 @@ from qkernels.weight_linear import triton as weight_gpu
 from triton.runtime.autotuner import Autotuner
 
 BENCH = Path(__file__).parents[2] / "tools/bench"
-COMMAND = "python tools/bench/triton_report.py --tiles --json docs/evidence/triton-tiles.json"
+COMMAND = "python tools/bench/triton_report.py --tiles"
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 

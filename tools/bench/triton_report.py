@@ -8,7 +8,7 @@ With --tiles every candidate tile (qkernels/_tiles.py) instead of the default on
 
 Ends with 1 where a kernel spills registers, needs more shared memory than a target has, or multiplies matrices without a tensor-core instruction;
 with --tiles, where a kernel has no tile left for a target.  Needs no GPU: ptxas comes with Triton.
-About 30 seconds of one core, with --tiles 5 minutes.
+About 30 seconds of one core, with --tiles 3 minutes.
 """
 
 import argparse
@@ -48,15 +48,15 @@ def all_cases() -> list[Case]:
     return [case for path in sorted(folder.glob("*/triton.py")) for case in importlib.import_module(f"qkernels.{path.parent.name}.triton").cases()]
 
 
-def report(case: Case, name: str, multiples: str = "of K") -> dict[str, Any]:
+def report(case: Case, name: str) -> dict[str, Any]:
     """What came out of one compilation for the target `name`; `fails` says why it cannot be used there, and is empty where it can.
 
-    multiples: Triton compiles anew where an integer argument is a multiple of 16.  Every wrapper demands that of K (only then are loads pipelined, in
-    shared memory); with "of all", the other sizes are, too, as those of most models are
+    Triton compiles anew where an integer argument is a multiple of 16.  Every wrapper demands that of K, and only then are loads pipelined, in shared
+    memory; of the other sizes nothing is assumed.
     """
     row: dict[str, Any] = {"target": name, "kernel": case.name}
     try:
-        row |= compiled(case, TARGETS[name], multiples == "of all")
+        row |= compiled(case, TARGETS[name])
     except Exception as error:  # whatever the compiler says: it has no type of its own for a tile that is too large
         return row | {"registers": None, "spills": None, "shared": None, "mma": [], "mma_count": 0, "fails": [f"does not compile: {reason(error)}"]}
     fails = []
@@ -73,9 +73,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1][:120]}"
 
 
-def compiled(case: Case, target: GPUTarget, multiples: bool) -> dict[str, Any]:
+def compiled(case: Case, target: GPUTarget) -> dict[str, Any]:
     signature = dict(case.signature) | dict.fromkeys(case.constants, "constexpr")
-    whole = [name for name, kind in case.signature.items() if kind.startswith("*") or (case.mma and name == "K") or (multiples and kind == "i32")]
+    whole = [name for name, kind in case.signature.items() if kind.startswith("*") or (case.mma and name == "K")]
     # argument order is that of the kernel
     order = case.kernel.arg_names
     aligned = {(order.index(name),): [["tt.divisibility", 16]] for name in whole}
@@ -107,12 +107,12 @@ def judge(tiles: dict[str, list[Tile]], targets: list[str]) -> tuple[list[dict[s
     rows: list[dict[str, Any]] = []
     kernels: dict[str, dict[str, Any]] = {}
     for kernel, several in sorted(tiles.items()):
-        variants = [(case, multiples) for case in all_cases() if case.tiles == kernel for multiples in ("of K", "of all")]
+        variants = [case for case in all_cases() if case.tiles == kernel]
         for name in targets:
             judged: dict[str, Any] = {"kept": [], "struck": {}}
             for tile in several:
-                tried = [report(case.with_tile(tile), name, multiples) | {"tile": str(tile), "multiples": multiples} for case, multiples in variants]
-                failed = [f"{row['kernel']}, multiples {row['multiples']}: {', '.join(row['fails'])}" for row in tried if row["fails"]]
+                tried = [report(case.with_tile(tile), name) | {"tile": str(tile)} for case in variants]
+                failed = [f"{row['kernel']}: {', '.join(row['fails'])}" for row in tried if row["fails"]]
                 if failed:
                     judged["struck"][str(tile)] = failed
                 else:
