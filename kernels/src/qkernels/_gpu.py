@@ -1,15 +1,18 @@
-"""What the Triton kernels have in common: checks of their arguments, tile sizes, and what is compiled to prove them without a device."""
+"""What the Triton kernels have in common: checks of their arguments, the launch with a tile, and what is compiled to prove them without a device."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import _check
+from qkernels import _check, _tiles
 from qkernels._check import require_groups
+
+Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Case:
 
     signature: argument → Triton type, in order, without the constants
     mma:       it multiplies matrices, so tensor-core instructions have to be there
+    tiles:     its name in `_tiles.CANDIDATES`, where it has tiles to choose from
     """
 
     name: str
@@ -27,7 +31,59 @@ class Case:
     mma: bool
     warps: int = 4
     stages: int = 2
-    options: Mapping[str, Any] = field(default_factory=dict)
+    tiles: str | None = None
+
+    def with_tile(self, tile: _tiles.Tile) -> "Case":
+        return replace(self, constants={**self.constants, **tile.blocks}, warps=tile.warps, stages=tile.stages)
+
+
+def tiled(name: str, kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], tiles: str) -> Case:
+    """A kernel that multiplies matrices, with its default tile."""
+    return Case(name, kernel, signature, constants, mma=True, tiles=tiles).with_tile(_tiles.default(tiles))
+
+
+def launch(
+    kernel: Any, tiles: str, grid: Grid, arguments: Sequence[Any], constants: Mapping[str, Any], *, size: int, block: int | None = None
+) -> None:
+    """Run a kernel with the fastest of the tiles that the compiler left for this GPU, found at the first call for its shapes.
+
+    With the default tile where that is not known: under the interpreter, on a GPU that `tiles.json` does not name, with QKERNELS_AUTOTUNE=0.
+
+    grid:  from the tile's blocks
+    size:  rows, or tokens of a cache: tiles are timed anew when it reaches another power of four
+    block: the most inputs a step may take
+    """
+    target = _target()
+    if target is None or not _tiles.kept(tiles, target):
+        tile = _tiles.default(tiles).within(block)
+        kernel[grid](*arguments, **constants, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
+    else:
+        names = tuple(name for name in ("N", "K", "C", *constants) if name in kernel.arg_names)
+        _tuner(kernel, tiles, target, block, names, _bucket(size))[grid](*arguments, **constants)
+
+
+@cache
+def _tuner(kernel: Any, tiles: str, target: str, block: int | None, names: tuple[str, ...], bucket: int) -> Any:
+    """`triton.autotune` for one bucket of sizes; it measures anew where an argument of `names` differs, and keeps what it found for the process."""
+    import triton
+
+    chosen = {str(tile): tile for tile in (kept.within(block) for kept in _tiles.kept(tiles, target))}
+    configs = [triton.Config(dict(tile.blocks), num_warps=tile.warps, num_stages=tile.stages) for tile in chosen.values()]
+    return triton.autotune(configs=configs, key=list(names))(kernel)
+
+
+def _bucket(size: int) -> int:
+    return next((end for end in (16, 64, 256, 1024, 4096) if size <= end), 16384)
+
+
+def _target() -> str | None:
+    """The current GPU as `tiles.json` names targets; None where no tile is to be searched."""
+    if interpreting() or os.environ.get("QKERNELS_AUTOTUNE") == "0":
+        return None
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def interpreting() -> bool:
@@ -46,15 +102,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def block_of_group(groups: int, k: int, least: int, most: int = 64) -> int:
+def block_of_group(groups: int, k: int, least: int, most: int = 128) -> int:
     """The largest power of two up to `most` that divides a group of the argument `scale`."""
     group = require_groups("scale", groups, k, least)
     size = most
     while group % size:
         size //= 2
     return size
-
-
-def warps_of(rows: int) -> int:
-    """Of a tile of so many rows and 64 columns; with 4, tiles of 64 rows hold all registers that a thread may have (tools/bench/triton_report.py)."""
-    return 4 if rows <= 16 else 8

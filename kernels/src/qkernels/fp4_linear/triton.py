@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import HALVES, require_one
-from qkernels._gpu import Case, require, rows_of, warps_of
+from qkernels._gpu import Case, launch, require, rows_of, tiled
+from qkernels._tiles import of_rows
 
 
 @triton.jit
@@ -83,22 +84,24 @@ def fp4_linear(x: Tensor, packed: Tensor, scale: Tensor, tensor_scale: Tensor | 
         require_one("tensor_scale", tensor_scale, (torch.float32,), x)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
-        bt = 16 if rows.shape[0] <= 16 else 64
+        t = rows.shape[0]
         own = packed if tensor_scale is None else tensor_scale.float().reshape(1)
-        fp4_linear_kernel[(triton.cdiv(rows.shape[0], bt), triton.cdiv(n, 64))](
-            rows, packed.contiguous(), scale.contiguous().view(torch.uint8), own, y, rows.shape[0], n, k,
-            MX=mx, BT=bt, BN=64, BK=64, num_warps=warps_of(bt), num_stages=2,
-        )  # fmt: skip
+        launch(
+            fp4_linear_kernel,
+            of_rows("fp4_linear", t),
+            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+            (rows, packed.contiguous(), scale.contiguous().view(torch.uint8), own, y, t, n, k),
+            {"MX": mx},
+            size=t,
+        )
     return y.reshape(*x.shape[:-1], n)
 
 
 def cases() -> list[Case]:
     found = []
-    for mx, rows in ((True, 16), (True, 64), (False, 64)):
+    for mx, rows in ((True, 16), (False, 16), (True, 64), (False, 64)):
         signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": "*u8", "tensor_scale_ptr": "*fp32", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("T", "N", "K"), "i32")
-        constants = {"MX": mx, "BT": rows, "BN": 64, "BK": 64}
-        found.append(
-            Case(f"fp4_linear {'mxfp4' if mx else 'nvfp4'} {rows} rows", fp4_linear_kernel, signature, constants, mma=True, warps=warps_of(rows))
-        )
+        name = f"fp4_linear {'mxfp4' if mx else 'nvfp4'} {rows} rows"
+        found.append(tiled(name, fp4_linear_kernel, signature, {"MX": mx}, of_rows("fp4_linear", rows)))
     return found

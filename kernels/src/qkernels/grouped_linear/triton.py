@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import FLOATS, HALVES, require_choice
-from qkernels._gpu import Case, block_of_group, require, warps_of
+from qkernels._gpu import Case, block_of_group, launch, require, tiled
+from qkernels._tiles import default, of_rows
 
 
 @triton.jit
@@ -59,24 +60,30 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
     block = block_of_group(groups, k, 16)
     y = x.new_empty(t, n)
     if y.numel():
-        bt = 16 if t <= 16 * experts else 64
+        rows = triton.cdiv(t, experts)
+        tiles_of = of_rows("grouped_linear", rows)
+        bt = default(tiles_of).blocks["BT"]
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
         tiles = ((counts + bt - 1) // bt).cumsum(0).to(torch.int32)
-        # at most one tile of each expert is not full
-        grid = (triton.cdiv(t, bt) + experts, triton.cdiv(n, 64))
         words, scale = words.contiguous(), scale.contiguous()
-        grouped_linear_kernel[grid](
-            x.contiguous(), ends.contiguous(), tiles, words, scale, y, experts, n, k, words.shape[2], groups,
-            GROUP=k // groups, BITS=bits, EXPERTS=triton.next_power_of_2(experts), BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
-        )  # fmt: skip
+        launch(
+            grouped_linear_kernel,
+            tiles_of,
+            # at most one tile of each expert is not full
+            lambda tile: (triton.cdiv(t, bt) + experts, triton.cdiv(n, tile["BN"])),
+            (x.contiguous(), ends.contiguous(), tiles, words, scale, y, experts, n, k, words.shape[2], groups),
+            {"GROUP": k // groups, "BITS": bits, "EXPERTS": triton.next_power_of_2(experts)},
+            size=rows,
+            block=block,
+        )
     return y
 
 
 def cases() -> list[Case]:
     found = []
-    for rows in (16, 64):
+    for bits, rows in ((4, 16), (8, 16), (4, 64), (8, 64)):
         signature = {"x_ptr": "*bf16", "ends_ptr": "*i32", "tiles_ptr": "*i32", "words_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("E", "N", "K", "stride_words", "groups"), "i32")
-        constants = {"GROUP": 128, "BITS": 4, "EXPERTS": 64, "BT": rows, "BN": 64, "BK": 64}
-        found.append(Case(f"grouped_linear int4 {rows} rows", grouped_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
+        constants = {"GROUP": 128, "BITS": bits, "EXPERTS": 64}
+        found.append(tiled(f"grouped_linear int{bits} {rows} rows", grouped_linear_kernel, signature, constants, of_rows("grouped_linear", rows)))
     return found

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import FLOATS, require_choice
-from qkernels._gpu import Case, block_of_group, require, warps_of
+from qkernels._gpu import Case, block_of_group, launch, require, tiled
+from qkernels._tiles import of_rows
 
 
 @triton.jit
@@ -60,21 +61,25 @@ def int_linear(
         require("shift", shift, (n, groups), (torch.float32,), q)
     y = torch.empty(t, n, dtype=dtype, device=q.device)
     if y.numel():
-        bt = 16 if t <= 16 else 64
         q, x_scale, words, scale = q.contiguous(), x_scale.contiguous(), words.contiguous(), scale.contiguous()
         other = scale if shift is None else shift.contiguous()
-        int_linear_kernel[(triton.cdiv(t, bt), triton.cdiv(n, 64))](
-            q, x_scale, words, scale, other, y, t, n, k, words.shape[1], groups,
-            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
-        )  # fmt: skip
+        launch(
+            int_linear_kernel,
+            of_rows("int_linear", t),
+            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+            (q, x_scale, words, scale, other, y, t, n, k, words.shape[1], groups),
+            {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None},
+            size=t,
+            block=block,
+        )
     return y
 
 
 def cases() -> list[Case]:
     found = []
-    for bits, rows in ((4, 16), (4, 64), (8, 64)):
+    for bits, rows in ((4, 16), (8, 16), (4, 64), (8, 64)):
         signature = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "words_ptr": "*i32", "scale_ptr": "*fp16", "shift_ptr": "*fp32", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("T", "N", "K", "stride_words", "groups"), "i32")
-        constants = {"GROUP": 128, "BITS": bits, "SHIFT": rows == 16, "BT": rows, "BN": 64, "BK": 64}
-        found.append(Case(f"int_linear int{bits} {rows} rows", int_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
+        constants = {"GROUP": 128, "BITS": bits, "SHIFT": True}
+        found.append(tiled(f"int_linear int{bits} {rows} rows", int_linear_kernel, signature, constants, of_rows("int_linear", rows)))
     return found

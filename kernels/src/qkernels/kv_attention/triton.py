@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import HALVES, require_choice
-from qkernels._gpu import Case, require
+from qkernels._gpu import Case, launch, require, tiled
 
 
 @triton.jit
@@ -74,10 +74,14 @@ def kv_attention(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tens
     if y.numel():
         share = h // c
         tensors = (t.contiguous() for t in (q, k, k_scale, v, v_scale, lengths))
-        kv_attention_kernel[(b, c)](
-            *tensors, y, c, s, d**-0.5,
-            SHARE=share, D=d, BITS=bits, BH=max(16, triton.next_power_of_2(share)), BS=32, num_warps=4, num_stages=3,
-        )  # fmt: skip
+        launch(
+            kv_attention_kernel,
+            "kv_attention",
+            lambda tile: (b, c),
+            (*tensors, y, c, s, d**-0.5),
+            {"SHARE": share, "D": d, "BITS": bits, "BH": max(16, triton.next_power_of_2(share))},
+            size=s,
+        )
     return y
 
 
@@ -86,6 +90,6 @@ def cases() -> list[Case]:
     for bits in (8, 4):
         signature = {"q_ptr": "*bf16", "k_ptr": "*u8", "k_scale_ptr": "*fp32", "v_ptr": "*u8", "v_scale_ptr": "*fp32", "lengths_ptr": "*i32"}
         signature |= {"y_ptr": "*bf16", "C": "i32", "S": "i32", "factor": "fp32"}
-        constants = {"SHARE": 4, "D": 128, "BITS": bits, "BH": 16, "BS": 32}
-        found.append(Case(f"kv_attention int{bits}", kv_attention_kernel, signature, constants, mma=True, stages=3))
+        constants = {"SHARE": 4, "D": 128, "BITS": bits, "BH": 16}
+        found.append(tiled(f"kv_attention int{bits}", kv_attention_kernel, signature, constants, "kv_attention"))
     return found

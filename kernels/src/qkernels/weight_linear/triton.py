@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import FLOATS, HALVES, require_choice
-from qkernels._gpu import Case, block_of_group, require, rows_of, warps_of
+from qkernels._gpu import Case, block_of_group, launch, require, rows_of, tiled
+from qkernels._tiles import of_rows
 
 
 @triton.jit
@@ -57,21 +58,27 @@ def weight_linear(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None 
         require("shift", shift, (n, groups), (torch.float32,), x)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
-        bt = 16 if rows.shape[0] <= 16 else 64
+        t = rows.shape[0]
         words, scale = words.contiguous(), scale.contiguous()
         other = scale if shift is None else shift.contiguous()
-        weight_linear_kernel[(triton.cdiv(rows.shape[0], bt), triton.cdiv(n, 64))](
-            rows, words, scale, other, y, rows.shape[0], n, k, words.shape[1], groups,
-            GROUP=k // groups, BITS=bits, SHIFT=shift is not None, BT=bt, BN=64, BK=block, num_warps=warps_of(bt), num_stages=2,
-        )  # fmt: skip
+        launch(
+            weight_linear_kernel,
+            of_rows("weight_linear", t),
+            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+            (rows, words, scale, other, y, t, n, k, words.shape[1], groups),
+            {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None},
+            size=t,
+            block=block,
+        )
     return y.reshape(*x.shape[:-1], n)
 
 
 def cases() -> list[Case]:
     found = []
-    for bits, dtype, rows in ((4, "fp16", 16), (4, "bf16", 64), (8, "bf16", 64)):
+    for bits, dtype, rows in ((4, "fp16", 16), (8, "bf16", 16), (4, "bf16", 64), (8, "bf16", 64)):
         signature = {"x_ptr": f"*{dtype}", "words_ptr": "*i32", "scale_ptr": "*fp16", "shift_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         signature |= dict.fromkeys(("T", "N", "K", "stride_words", "groups"), "i32")
-        constants = {"GROUP": 128, "BITS": bits, "SHIFT": rows == 64, "BT": rows, "BN": 64, "BK": 64}
-        found.append(Case(f"weight_linear int{bits} {dtype} {rows} rows", weight_linear_kernel, signature, constants, mma=True, warps=warps_of(rows)))
+        constants = {"GROUP": 128, "BITS": bits, "SHIFT": True}
+        name = f"weight_linear int{bits} {dtype} {rows} rows"
+        found.append(tiled(name, weight_linear_kernel, signature, constants, of_rows("weight_linear", rows)))
     return found
