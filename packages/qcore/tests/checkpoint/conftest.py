@@ -39,7 +39,8 @@ def registry() -> SimpleNamespace:
         formats=Shelf([Int, Float, PowerOfTwo, Codebook]),
         packings=Shelf([CompressedPack, CompressedInt, CompressedFloat, Bits]),
         modules=Shelf([QuantizedLinear, QuantizedConv, QuantizedEmbedding]),
-        kernels=Shelf(KERNELS),
+        # the reference alone: what is written and read is compared bit by bit here, and each kernel rounds its sums in its own way
+        kernels=Shelf(k for k in KERNELS if k.name.startswith("reference")),
         adapters=Shelf([]),
         sources=Shelf([HfSource]),
     )
