@@ -1,5 +1,7 @@
 """Learned rounding: never worse than its start on what it learned from, exact at the start, and the same for linear layers and convolutions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from qcore.checkpoint.journal import Journal
@@ -137,6 +139,12 @@ def test_a_block_solver_wants_data_and_a_plan_says_what_it_refuses(registry):
     codebook = Recipe(rules=(Rule("*:weight", QuantSpec(format=FP4_E2M1, granularity=PerGroup(8))),), solver=RTN(), block_solver=SignRound())
     with pytest.raises(PlanError, match="even grid"):
         make_plan(load_in_memory(tiny_mlp()), codebook, PlainMLP(), registry).require()
+
+
+def test_a_plan_says_that_biases_are_corrected_for_the_codes_before(registry):
+    for correct in (False, True):
+        notes = make_plan(load_in_memory(tiny_mlp()), replace(recipe(SignRound()), correct_bias=correct), PlainMLP(), registry).notes
+        assert any("changes codes after biases were corrected" in n for n in notes) is correct
 
 
 def test_recipes_with_block_solvers_survive_their_files(registry):

@@ -120,6 +120,11 @@ class _Planner:
             needs_data = needs_data or allocator.needs != "weights"
             self.notes.append(f"allocator {allocator.name!r} chooses spec and solver when it has read the weights; sizes are those of the rules")
             self._check_allocator(decisions)
+        if self.recipe.correct_bias and self.recipe.block_solver is not None:
+            self.notes.append(
+                f"block solver {self.recipe.block_solver.name!r} changes codes after biases were corrected for them, and corrects none again; "
+                "compare with --set correct_bias=false"
+            )
         if needs_data and not self.has_data:
             self.problems.append(
                 f"recipe {self.recipe.name!r} looks at calibration data, and there is none; pass --calib text.txt, "
