@@ -46,6 +46,37 @@ def test_a_dead_link_is_found_and_others_are_not(tmp_path: Path) -> None:
     assert list(check_docs.dead_links(tmp_path)) == ["there.md: gone.md"]
 
 
+COMMANDS = {
+    "uv run qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/": "",
+    "$ qcore recipes show w4a16-gptq > my.toml": "",
+    "QCORE_PLUGINS= qcore …": "",
+    "qcore plan MODEL --recipe my.toml --set rules.0.format.bits=3   # three bits": "",
+    "torchrun --nproc-per-node 4 -m qcore quantize MODEL -r w4a16_gptq": "there is no recipe 'w4a16_gptq'",
+    "qcore plan MODEL \\\n  --recipe w4a16-gptq --bit 3": "it has no option --bit",
+    "qcore evaluate out/": "there is no command 'evaluate'",
+    "qcore recipes print w4a16-gptq": "there is no command 'print'",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), COMMANDS.items())
+def test_commands_of_code_blocks_that_qcore_would_refuse_are_found(tmp_path: Path, line: str, said: str) -> None:
+    from qcore.plugins import load_registry
+
+    # behind a block of another language, whose end must not be taken for a beginning
+    (tmp_path / "page.md").write_text(f"```python\nx = 1\n```\n\nqcore prose --here\n\n```\n{line}\n```\n")
+    found = list(tool("check_docs").wrong_commands(tmp_path, load_registry()))
+    assert len(found) == bool(said) and all(said in one for one in found)
+
+
+def test_a_system_that_is_said_to_be_absent_is_found_when_its_package_brings_something() -> None:
+    from types import SimpleNamespace
+
+    text = "| [X](x) | a | not here | [q](../packages/qplug-x/README.md) |\n| [Y](y) | b | `recipe` | [q](../packages/qplug-y/README.md) |"
+    plugins = [SimpleNamespace(distribution=f"qplug-{n}", hooks=("qcore_formats",)) for n in "xy"]
+    (said,) = tool("check_docs").no_longer_absent(text, SimpleNamespace(plugins=plugins))
+    assert "qplug-x" in said and "qcore_formats" in said
+
+
 TEMPLATE = """
 @ a = cells/a-seed*.json
 @ b = list.json | label=b, second
