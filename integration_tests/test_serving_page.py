@@ -1,4 +1,4 @@
-"""docs/serving.md is true: its commands and its python blocks run, top to bottom, in one folder and one namespace."""
+"""docs/serving.md and the README of qcore are true: their commands and python blocks run, top to bottom, in one folder and one namespace."""
 
 import re
 import shlex
@@ -32,6 +32,16 @@ def test_the_page_on_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     written = names["written"]
     layers, heads, size, tokens = 4, 2, 64, written.past_key_values.get_seq_length()  # type: ignore[attr-defined]
     assert 0 < names["cache_bytes"](written.past_key_values) < layers * 2 * heads * size * tokens * 2 / 3  # type: ignore[operator, attr-defined]
+
+
+def test_the_python_of_qcores_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1] / "packages" / "qcore" / "README.md"
+    ((_, block),) = [found for found in BLOCK.findall(page.read_text(encoding="utf-8")) if found[0] == "python"]
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(block, page.name, "exec"), names)
+    row = names["done"].sites[0]  # type: ignore[attr-defined]
+    assert 0 < row.error < 0.1 and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_recipes_of_the_portable_layout_are_those_that_the_page_lists(capsys: pytest.CaptureFixture[str]) -> None:

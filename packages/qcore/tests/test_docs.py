@@ -51,6 +51,7 @@ COMMANDS = {
     "$ qcore recipes show w4a16-gptq > my.toml": "",
     "QCORE_PLUGINS= qcore …": "",
     "qcore plan MODEL --recipe my.toml --set rules.0.format.bits=3   # three bits": "",
+    "qcore plan MODEL --recipe mixed --bits 3.5 --select subsa": "",
     "torchrun --nproc-per-node 4 -m qcore quantize MODEL -r w4a16_gptq": "there is no recipe 'w4a16_gptq'",
     "qcore plan MODEL \\\n  --recipe w4a16-gptq --bit 3": "it has no option --bit",
     "qcore evaluate out/": "there is no command 'evaluate'",
