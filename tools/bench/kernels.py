@@ -264,14 +264,15 @@ def verdicts(record: dict[str, Any], shape: str) -> list[str]:
             continue
         rate = next(r["gb_s"] for r in record["rows"] if (r["kernel"], r["rows"], r["shape"]) == (own, 1, shape))
         error = next((r["error"] for r in record["rows"] if (r["kernel"], r["rows"], r["shape"]) == (own, 128, shape)), None)
-        parts = [f"1 row at {100 * rate / bandwidth(record):.0f} % of the fastest read"]
+        parts = [f"1 row at {100 * rate / record['read_gb_s']:.0f} % of torch.sum's read and {100 * rate / bandwidth(record):.0f} % of the fastest"]
         for t in (1, 128):
             peers = {name: v for (name, rows), v in ms.items() if rows == t and name.startswith(("torch int4", "ONNX", "ggml"))}
             parts.append(
                 f"{t} row{'s' if t > 1 else ''}: " + ", ".join(f"{v / ms[own, t]:.1f}× {name.split(', float')[0]}" for name, v in peers.items())
             )
         if (ONEDNN, 128) in ms:
-            parts.append(f"128 rows take {ms[own, 128] / ms[ONEDNN, 128]:.2f} of oneDNN int8's time")
+            onednn, peer = ms[ONEDNN, 128], min(peers.values(), default=float("nan"))
+            parts.append(f"128 rows take {ms[own, 128] / onednn:.2f} of oneDNN int8's time, the fastest peer's int4 {peer / onednn:.2f}")
         if error is not None:
             parts.append(f"relative error of the result by the inputs' rounding and the sums {error:.1e}")
         lines += [f"- {own}. " + "; ".join(parts) + "."]
