@@ -97,13 +97,18 @@ def systems_page(filled: str) -> str:
     return f"<!-- written by tools/check_docs.py from tools/systems.txt; do not edit -->\n{filled}"
 
 
-def no_longer_absent(systems: str, registry: Any) -> Iterator[str]:
-    """Packages that systems.txt says register nothing, and that do register something."""
-    rows = [line for line in systems.splitlines() if line.startswith("|") and "not here" in line]
-    named = {m for row in rows for m in re.findall(r"packages/(qplug-\w+)/README", row)}
-    for record in registry.plugins:
-        if record.distribution in named and record.hooks:
-            yield f"tools/systems.txt says of systems of {record.distribution} that they are not here, but it brings {', '.join(record.hooks)}"
+def wrong_systems(systems: str, registry: Any) -> Iterator[str]:
+    """Rows of systems.txt that name recipes or commands that are not there, or call absent what a package brings."""
+    for row in re.findall(r"^\| \[.*\|$", systems, flags=re.MULTILINE):
+        _, what, _, run, _, more, _ = (cell.strip() for cell in row.split("|"))
+        for name in re.findall(r"`([^`]+)`", run):
+            command = name.removeprefix("qcore ")
+            if name not in registry.recipes and (command == name or command.replace(" ", "-") not in registry.commands):
+                yield f"tools/systems.txt: {what} is run with `{name}`, which is neither a recipe nor a plug-in's command"
+        for package in re.findall(r"packages/(qplug-\w+)/README", more) if run == "not here" else ():
+            hooks = [hook for record in registry.plugins if record.distribution == package for hook in record.hooks]
+            if hooks:
+                yield f"tools/systems.txt: {what} is not here, it says, but {package} brings {', '.join(hooks)}"
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             path.write_text(page, encoding="utf-8")
             print(f"wrote docs/{name}")
     said = [f"{dead} leads nowhere" for dead in dead_links(ROOT)]
-    said += [*wrong_commands(ROOT, registry), *no_longer_absent(filled[SYSTEMS], registry)]
+    said += [*wrong_commands(ROOT, registry), *wrong_systems(filled[SYSTEMS], registry)]
     for line in said:
         print(line, file=sys.stderr)
     return 1 if said else wrong

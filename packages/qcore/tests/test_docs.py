@@ -69,13 +69,24 @@ def test_commands_of_code_blocks_that_qcore_would_refuse_are_found(tmp_path: Pat
     assert len(found) == bool(said) and all(said in one for one in found)
 
 
-def test_a_system_that_is_said_to_be_absent_is_found_when_its_package_brings_something() -> None:
+SYSTEMS = {
+    "| [X](x) | a | `w4a16-gptq` | | [q](../packages/qplug-x/README.md) |": "",
+    "| [X](x) | a | `qcore select` | | [q](../packages/qplug-x/README.md) |": "",
+    "| [X](x) | a | not here | | [q](../packages/qplug-empty/README.md) |": "",
+    "| [X](x) | a | not here | | [q](../packages/qplug-x/README.md) |": "qplug-x brings qcore_formats",
+    "| [X](x) | a | `w4a16-x` | | |": "`w4a16-x`, which is neither",
+    "| [X](x) | a | `select` | | |": "`select`, which is neither",
+}
+
+
+@pytest.mark.parametrize(("row", "said"), SYSTEMS.items())
+def test_a_row_of_systems_that_is_no_longer_true_is_found(row: str, said: str) -> None:
     from types import SimpleNamespace
 
-    text = "| [X](x) | a | not here | [q](../packages/qplug-x/README.md) |\n| [Y](y) | b | `recipe` | [q](../packages/qplug-y/README.md) |"
-    plugins = [SimpleNamespace(distribution=f"qplug-{n}", hooks=("qcore_formats",)) for n in "xy"]
-    (said,) = tool("check_docs").no_longer_absent(text, SimpleNamespace(plugins=plugins))
-    assert "qplug-x" in said and "qcore_formats" in said
+    plugins = [SimpleNamespace(distribution="qplug-x", hooks=("qcore_formats",)), SimpleNamespace(distribution="qplug-empty", hooks=())]
+    registry = SimpleNamespace(plugins=plugins, recipes={"w4a16-gptq": None}, commands={"select": None})
+    found = list(tool("check_docs").wrong_systems(f"| system | model |\n|---|---|\n{row}\n", registry))
+    assert len(found) == bool(said) and all(said in one for one in found)
 
 
 TEMPLATE = """
