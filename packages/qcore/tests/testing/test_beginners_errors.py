@@ -418,7 +418,7 @@ def laid_out(*blocks: Block) -> dict[str, Any]:
         (laid_out(Block("c", ((Site("a"),),))), "block 'c': the model has no such module"),
         (laid_out(Block("", (Site("a"), Site("b")))), "tuples of sites"),
         (laid_out(Block("", ((Site("a"),), (Site("a"),)))), "a:weight stands in the topology twice"),
-        (laid_out(Block("", ((Site("b"),), (Site("a"),)))), "stage 1 sees its inputs before stage 0"),
+        (laid_out(Block("", ((Site("b"),), (Site("a"),)))), "b:weight of stage 0 reads what stage 1 puts out"),
         (laid_out(Block("b", ((Site("b"),),), "rerun"), Block("a", ((Site("a"),),), "rerun")), "run in the order a, b"),
         (laid_out(Block("a", ((Site("a"),),)), Block("b", ((Site("b"),),))), "does not read what block 'a' puts out"),
         ({"topology": lambda s, m: (float(m.a.weight.detach().sum()), StackAdapter.topology(s, m))[1]}, "on meta"),
