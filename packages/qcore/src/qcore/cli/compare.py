@@ -112,9 +112,7 @@ def run_compare(
         length = window_length(window, first.model)
         task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
     if by_kl and "kl" not in task.better:
-        raise SpecError(
-            f"{by_kl} goes by KL divergence, and the task {task.name!r} of {uris[0]} gives {', '.join(task.better)}; leave {by_kl} out"
-        )
+        raise SpecError(f"{by_kl} goes by KL divergence, and the task {task.name!r} of {uris[0]} gives {', '.join(task.better)}; leave {by_kl} out")
     del first
 
     def candidate(index: int) -> Any:

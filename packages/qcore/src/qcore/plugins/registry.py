@@ -34,15 +34,8 @@ from qcore.plugins.shelf import BUILTIN, Shelf, plain
 GROUP = "qcore"
 BUILTIN_MODULE = "qcore.builtin"  # imported by name, for this room is below every room whose classes it hands in
 VARIABLE = "QCORE_PLUGINS"
-HEAVY = (
-    "torch",
-    "transformers",
-    "timm",
-    "numpy",
-    "scipy",
-    "pandas",
-    "sklearn",
-)  # what takes so long that a command which needs none of it must not wait
+# they take so long to import that a command which needs none of them must not wait
+HEAVY = ("torch", "transformers", "timm", "scipy", "pandas", "sklearn")
 
 
 class PluginWarning(UserWarning):
