@@ -19,6 +19,8 @@ from qcore.errors import QcoreError
 # conditions of the machine, not defects
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+# paths that lead nowhere, though they were looked at: a folder that vanished, a name too long, a file where a folder should be
+_PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE, errno.EIO, errno.EINVAL}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,9 +50,12 @@ def boundary() -> Iterator[None]:
         _say(str(e) or "interrupted")
         raise typer.Exit(130) from None
     except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        if e.errno in _PATHS and e.filename:
+            _say(f"error: {e.strerror}{where}; check the path and the disk, or set QCORE_DEBUG=1 to see where this came from")
+            raise typer.Exit(2) from None
         if e.errno not in _MACHINE:
             raise
-        where = f" ({e.filename})" if e.filename else ""
         step = "free some space, or choose another folder with -o" if e.errno in _FULL else "choose another folder with -o"
         _say(f"error: {e.strerror or e}{where}; nothing was written; {step}")
         raise typer.Exit(2) from None

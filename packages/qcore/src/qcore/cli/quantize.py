@@ -83,7 +83,8 @@ def quantize(
     limit = None if max_ram is None else parse_bytes(max_ram)
     with of_this_run() as processes:
         first = processes.rank == 0
-        if processes.agreed(first and check_target(out, force=force, resume=resume)):
+        inputs = [Path(name) for name in (model, recipe, calib, evaluation) if name is not None]
+        if processes.agreed(first and check_target(out, force=force, resume=resume, inputs=inputs)):
             if first:
                 shutil.rmtree(run_folder(out), ignore_errors=True)
                 remark(f"{out}/ is finished; nothing was left to do")
