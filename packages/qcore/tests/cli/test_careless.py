@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from qcore.cli._models import Outline
+from qcore.cli.compare import check_alike
+from qcore.errors import PlanError
 
 SMALL = ("--eval-tokens", "64", "--window", "16")
 GO = ("quantize", "toy:", "-r", "w4a16-rtn", *SMALL, "-o")
@@ -88,3 +91,102 @@ def test_a_path_that_fails_in_an_unusual_way_is_a_message(run, pretend, number: 
     pretend.fail["load"] = OSError(number, os.strerror(number), "some/where")
     done = run(*GO, "out")
     assert done.code == 2 and f"error: {os.strerror(number)} (some/where); check the path and the disk" in done.err
+
+
+def test_plan_finds_all_that_is_wrong_at_once_and_data_too(run, registry, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("déjà vu\n".encode("latin-1") * 999)
+    done = run("plan", "toy:", "-r", "w4a16-gptq", "--set", "rules.0.granularity.size=7", "--calib", "gone.txt", "--eval", "latin.txt")
+    assert done.code == 2 and "3 problems found before any computing" in done.err
+    for why in ("group size 7 does not divide K=64", "text file gone.txt does not exist", "latin.txt is not UTF-8 text (byte 1"):
+        assert why in done.err
+    short = run("plan", "toy:", "-r", "w4a16-gptq", "--set", "calibration.samples=100000", "--eval-tokens", "1000000")
+    assert short.code == 2 and "2 problems found" in short.err and "calib.txt is too short" in short.err and "eval.txt is too short" in short.err
+
+
+def test_quantize_names_all_that_is_wrong_with_its_data_at_once(run, pretend) -> None:
+    done = run("quantize", "toy:", "-r", "w4a16-gptq", "-o", "out", "--calib", "gone.txt", "--eval", "lost.txt", "--attribute")
+    assert done.code == 2 and "2 problems found before any computing" in done.err and pretend.called == []
+    assert "text file gone.txt does not exist" in done.err and "text file lost.txt does not exist" in done.err
+
+
+def test_plan_estimates_the_memory_of_the_run_itself(run, pretend, tmp_path: Path) -> None:
+    argv = ("toy:", "-r", "w4a16-rtn", "--max-ram", "1MiB", "--eval-tokens", "20000", "--window", "16")
+    planned, refused = run("plan", *argv), run("quantize", *argv, "-o", "out")
+    assert planned.code == refused.code == 2 and refused.err.strip() == planned.err.strip()
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, pretend, tmp_path: Path) -> None:
+    done = run(*GO, "out", "--dry-run")
+    assert done.code == 0 and "left float" in done.out and pretend.called == [] and not list(tmp_path.glob("out*"))
+    (tmp_path / "out").write_text("a file")
+    assert run(*GO, "out", "--dry-run").code == 2
+
+
+def test_the_version_is_told_without_loading_anything_heavy(run) -> None:
+    import sys
+
+    import qcore
+
+    for flag in ("--version", "-V"):
+        done = run(flag)
+        assert done.code == 0 and done.out.startswith(f"qcore {qcore.__version__}, python {sys.version.split()[0]}, torch ")
+
+
+def test_h_is_help_everywhere(run) -> None:
+    for argv in (("-h",), ("plan", "-h"), ("recipes", "show", "-h")):
+        done = run(*argv)
+        assert done.code == 0 and done.out.startswith("Usage: qcore")
+
+
+def test_a_tilde_is_the_home_folder_where_shells_leave_it_alone(run, pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run("quantize", "toy:", "-r", "w4a16-rtn", "--out=~/out", *SMALL).code == 0
+    assert (tmp_path / "home/out/report.json").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("bits", ["inf", "-inf", "nan"])
+def test_a_budget_is_finite(run, registry, bits: str) -> None:
+    done = run("plan", "toy:", "-r", "w4a16-rtn", "--bits", bits)
+    assert done.code == 2 and f"--bits {bits} is no budget; pass a number of bits per weight" in done.err
+
+
+def test_an_empty_address_is_named(run, registry) -> None:
+    done = run("plan", "", "-r", "w4a16-rtn")
+    assert done.code == 2 and "the model's address is empty, got ''" in done.err
+
+
+def test_an_adapter_that_does_not_understand_the_model_is_refused(run, registry) -> None:
+    class Other(registry.adapters["toy"]):
+        name = "other"
+
+        def matches(self, model) -> bool:
+            return False
+
+    registry.adapters.add("other", Other, "qcore")
+    for argv in (("plan", "toy:", "-r", "w4a16-rtn"), ("eval", "toy:")):
+        done = run(*argv, "--adapter", "other")
+        assert done.code == 2 and "--adapter other does not understand toy, a Toy; leave --adapter out, or take toy" in done.err
+
+
+def test_what_cannot_be_compared_is_said_at_once_and_before_any_model_runs(run, registry) -> None:
+    done = run("compare", "toy:", "toy:bare", "gone/", "--eval-tokens", "64")
+    assert done.code == 2 and "cannot load model 'gone/'" in done.err and "float model" not in done.err
+
+
+def test_models_of_other_data_or_context_are_not_compared() -> None:
+    first = Outline("a", 2048, 1024, 256, "w1")
+    others = [Outline("b", 50257, 1024, 256), Outline("c", None, None, 256), Outline("d", 2048, 128, 128), Outline("e", 2048, None, 512, "w2")]
+    with pytest.raises(PlanError) as told:
+        check_alike([first, *others], None, attribute=False)
+    assert told.value.problems == (
+        "b knows 50257 tokens, a knows 2048 tokens; compare models that read the same data and put out the same things",
+        "c reads no text, a knows 2048 tokens; compare models that read the same data and put out the same things",
+        "windows of 256 tokens are longer than what d can see, 128; pass --window 128 or less",
+    )
+    check_alike([first, others[2], others[3]], 128, attribute=False)
+    check_alike([others[1], Outline("f", None, None, 256)], None, attribute=False)
+
+
+def test_more_threads_than_the_machine_has_are_refused(run, registry) -> None:
+    done = run("bench", "out", "--threads", "100000")
+    assert done.code == 2 and f"--threads 100000 is more than this machine has, {os.cpu_count()}" in done.err

@@ -8,8 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -65,6 +65,22 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import qcore
+
+    found = [f"qcore {qcore.__version__}", f"python {platform.python_version()}"]
+    for name in ("torch", "transformers"):  # looked up, not imported: that would take seconds
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    print(", ".join(found))
+    raise typer.Exit
+
+
 def build() -> typer.Typer:
     """The command tree, without the plug-ins' commands."""
     from qcore.cli import bench, compare, evaluate, explain, export, methods, plan, plugins, quantize, recipes, report, verify
@@ -78,7 +94,17 @@ def build() -> typer.Typer:
         # drawing boxes with rich would take the help longer than everything else together
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+    @app.callback()
+    def group(
+        version: Annotated[
+            bool, typer.Option("--version", "-V", callback=_version, is_eager=True, expose_value=True, help="Print the versions and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
     app.command("quantize", short_help="Quantize a model and measure the cost.")(quantize.quantize)
     app.command("plan", short_help="Show what a run would do, without computing.")(plan.plan)
     app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
@@ -99,7 +125,7 @@ _OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "ex
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_at_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     # the bars of libraries would run through our own progress
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -118,6 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return 0
+
+
+def _at_home(arg: str) -> str:
+    """~/x as a shell writes it out, also in --out=~/x, which shells leave alone: a folder called ~ is nobody's wish."""
+    option, equals, path = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return option + equals + (os.path.expanduser(path) if path == "~" or path.startswith("~/") else path)
 
 
 def _mount_plugins(app: typer.Typer) -> None:

@@ -52,9 +52,13 @@ def with_budget(recipe: str, own: "Registry", overrides: tuple[str, ...], bits: 
     """The overrides with a budget among them; SpecError for a recipe that spends none."""
     if bits is None:
         return overrides
+    from math import isfinite
+
     from qcore.errors import SpecError
     from qcore.recipe_file import load_recipe
 
+    if not isfinite(bits):
+        raise SpecError(f"--bits {bits:g} is no budget; pass a number of bits per weight, such as --bits 3.5")
     allocator = load_recipe(recipe, own, overrides).allocator
     if not hasattr(allocator, "bits"):
         raise SpecError(f"--bits {bits:g}: recipe {recipe!r} has no allocator with a budget; take --recipe mixed, or a recipe for one width")
@@ -63,10 +67,20 @@ def with_budget(recipe: str, own: "Registry", overrides: tuple[str, ...], bits: 
 
 def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedModel, ModelAdapter]":
     """The model behind an address, and the adapter that understands it."""
+    from qcore.errors import NotFound, SpecError
     from qcore.model import adapter_for, load_source
 
+    if not uri.strip():
+        raise NotFound(f"the model's address is empty, got {uri!r}; pass a folder, a file, or zoo:tiny-llama")
     loaded = load_source(uri, own.sources)
-    return loaded, adapter_for(loaded.model, own.adapters, adapter)
+    chosen = adapter_for(loaded.model, own.adapters, adapter)
+    if adapter is not None and not chosen.matches(loaded.model):
+        fitting = [name for name, cls in own.adapters.items() if cls().matches(loaded.model)]
+        raise SpecError(
+            f"--adapter {adapter} does not understand {loaded.name}, a {type(loaded.model).__name__}; "
+            f"leave --adapter out, or take {' or '.join(fitting) or 'another model: none of those installed does'}"
+        )
+    return loaded, chosen
 
 
 def window_length(window: int | None, model: Any) -> int:

@@ -47,7 +47,9 @@ def check_target(out: Path, *, force: bool, resume: bool = False, inputs: Sequen
     if (above := next((p for p in out.parents if p.exists()), out)).is_file():
         raise SpecError(f"-o {given} would lie in {above}, which is a file; name another folder")
     if os.path.ismount(out):
-        raise SpecError(f"-o {given} is a mount point, and a finished checkpoint takes its place by a rename; name a folder inside it: -o {given / 'out'}")
+        raise SpecError(
+            f"-o {given} is a mount point, and a finished checkpoint takes its place by a rename; name a folder inside it: -o {given / 'out'}"
+        )
     if run.exists() and not (run.is_dir() and _of_a_run(run)):
         raise SpecError(f"{run.name} beside {out.name} is where a run into it works, and no run made it; move it away, or name another folder")
     if out.is_dir() and (there := sorted(p.name for p in out.iterdir())):

@@ -10,6 +10,7 @@ import typer
 from qcore.cli._options import AdapterOption, EvalOption, JsonOption, TokensOption, WindowOption, registry, window_length
 
 if TYPE_CHECKING:
+    from qcore.cli._models import Outline
     from qcore.evaluation.compare import Row
     from qcore.plugins import Registry
 
@@ -84,7 +85,7 @@ def run_compare(
     attribute_tokens: attribute the loss of every checkpoint to its modules, on so many tokens; None = do not
     """
     from qcore.calibration.text import TextFile
-    from qcore.cli._models import is_checkpoint, open_any, with_recorded_data
+    from qcore.cli._models import is_checkpoint, open_any, outline_of, with_recorded_data
     from qcore.cli._progress import progress
     from qcore.errors import CalibrationError, SpecError
     from qcore.evaluation import LanguageModeling, evaluation_windows
@@ -94,6 +95,8 @@ def run_compare(
         raise SpecError(f"{uris[0]} is quantized; a loss is attributed by float modules, so name the float model first")
     float_uri = uris[0] if attribute_tokens is not None else ""
 
+    if len(uris) > 1:
+        check_alike([outline_of(uri, own, adapter, attribute_tokens is not None) for uri in uris], window, attribute_tokens is not None)
     opened: dict[int, Any] = {0: open_any(uris[0], own, adapter, kernel if len(uris) == 1 else None)}
     first = with_recorded_data(opened[0], Path(uris[0]), own, text) if is_checkpoint(Path(uris[0])) else opened[0]
     task: Any
@@ -117,6 +120,29 @@ def run_compare(
 
     with progress() as report, tempfile.TemporaryDirectory(prefix="qcore-reference-") as folder:
         return compare_models([lambda i=i: candidate(i) for i in range(len(uris))], task, Path(folder), report, attribute_tokens)  # type: ignore[misc]
+
+
+def check_alike(models: "Sequence[Outline]", window: int | None, attribute: bool) -> None:
+    """PlanError with all that stands against comparing these models with the first, before any of them runs."""
+    from qcore.cli._models import is_checkpoint
+    from qcore.errors import PlanError
+
+    first, problems = models[0], []
+    for other in models[1:]:
+        if other.vocabulary != first.vocabulary:
+            said = [f"{m.name} {f'knows {m.vocabulary} tokens' if m.vocabulary else 'reads no text'}" for m in (other, first)]
+            problems.append(f"{said[0]}, {said[1]}; compare models that read the same data and put out the same things")
+        elif first.vocabulary and other.context is not None and (length := window or first.window) > other.context:
+            problems.append(
+                f"windows of {length} tokens are longer than what {other.name} can see, {other.context}; pass --window {other.context} or less"
+            )
+        if attribute and is_checkpoint(Path(other.name)) and other.weights != first.weights:
+            problems.append(
+                f"{other.name} was made from weights {other.weights}, {first.name} has {first.weights}; modules can only be float again with the "
+                "weights that they were made from: name that model first"
+            )
+    if problems:
+        raise PlanError(problems)
 
 
 def check_plot(path: Path) -> None:

@@ -62,7 +62,8 @@ def quantize(
         ),
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if a run wrote it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and every problem, and stop before anything is computed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, prove that the checkpoint loads, and measure what it cost.
@@ -120,6 +121,7 @@ def quantize(
                 engine=engine,
                 tensor_parallel=tensor_parallel,
                 fresh_proof=fresh_proof,
+                dry_run=dry_run,
             )
             report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
         if report is None:
