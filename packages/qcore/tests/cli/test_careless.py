@@ -2,13 +2,25 @@
 
 import errno
 import os
+import resource
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
+import torch
+from qcore.calibration.images import ImageFile, Preprocessing
+from qcore.checkpoint.journal import Journal
+from qcore.cli import main
+from qcore.cli._data import data_problems
 from qcore.cli._models import Outline
+from qcore.cli._run_folder import running_into
 from qcore.cli.compare import check_alike
-from qcore.errors import PlanError
+from qcore.errors import CheckpointError, NotFound, PlanError
+from qcore.evaluation.data import ImagePair
+from qcore.plugins.shelf import Shelf
+from qcore.recipe import Recipe
 
+GREY = Preprocessing((1, 28, 28), (0.5,), (0.5,))
 SMALL = ("--eval-tokens", "64", "--window", "16")
 GO = ("quantize", "toy:", "-r", "w4a16-rtn", *SMALL, "-o")
 
@@ -190,3 +202,110 @@ def test_models_of_other_data_or_context_are_not_compared() -> None:
 def test_more_threads_than_the_machine_has_are_refused(run, registry) -> None:
     done = run("bench", "out", "--threads", "100000")
     assert done.code == 2 and f"--threads 100000 is more than this machine has, {os.cpu_count()}" in done.err
+
+
+def test_a_nan_that_no_run_would_meet_is_found_before_the_work(run, pretend, registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without evaluation text nothing is computed with the head, which stays float: it would be written into the checkpoint."""
+    source = registry.sources["toy"]
+
+    class Spoilt(source):
+        def load(self, uri: str):
+            loaded = super().load(uri)
+            loaded.reader["head.weight"][3, 4] = float("nan")
+            return loaded
+
+    registry.sources._items["toy"] = Spoilt
+    done = run("quantize", "toy:bare", "-r", "w4a16-rtn", "-o", "out")
+    assert done.code == 2 and "head.weight: 1 of 8192 values are NaN or infinite (first at (3, 4))" in done.err and pretend.called == []
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run, pretend, tmp_path: Path) -> None:
+    assert run(*GO, "out").code == 0
+    page = tmp_path / "out/report.html"
+    before = page.read_text()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        done = run("report", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert done.code == 2 and "out/report.html cannot be written (File too large)" in done.err
+    assert page.read_text() == before and sorted(p.name for p in page.parent.iterdir()) == ["model.safetensors", "report.html", "report.json"]
+    assert run("report", "out").code == 0 and run("report", "out", "-o", "/dev/null").code == 0
+
+
+def test_addresses_that_nothing_reads_come_with_what_was_meant(run, registry, tmp_path: Path) -> None:
+    hub = run("plan", "meta-llama/Llama-3", "-r", "w4a16-rtn")
+    assert hub.code == 2 and "hf download meta-llama/Llama-3 --local-dir Llama-3, then pass Llama-3/" in hub.err
+    (tmp_path / "model").mkdir()
+    assert "model is an empty folder" in run("plan", "model", "-r", "w4a16-rtn").err
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    done = run("plan", "model", "-r", "w4a16-rtn")
+    assert done.code == 2 and "model holds no config.json, which says what its weights are of: fetch it too" in done.err
+
+
+def test_a_disk_that_is_full_at_the_last_step_keeps_what_is_finished(run, pretend, tmp_path: Path) -> None:
+    """`save` names the full disk itself, as a CheckpointError; the blocks are no less finished for that."""
+
+    def full(name: str) -> None:
+        if name == "save":
+            (tmp_path / "out.run/block-00000.json").write_text("{}")
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as e:
+                raise CheckpointError("cannot write the checkpoint") from e
+
+    pretend._step = full
+    done = run(*GO, "out")
+    assert done.code == 2 and "No space left on device; nothing was written" in done.err and "with --resume goes on" in done.err
+    assert (tmp_path / "out.run/block-00000.json").is_file()
+
+
+def test_a_text_where_images_belong_is_found_by_the_plan(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no pixels")
+    data = ImagePair(ImageFile(tmp_path / "text.txt", GREY), ImageFile(tmp_path / "gone", GREY), GREY)
+    found = data_problems(None, Recipe(name="r", rules=(), solver=None), data, calibrates=True, eval_tokens=2, window=None)  # type: ignore[arg-type]
+    assert len(found) == 2 and "text.txt" in found[0] and "gone does not exist" in found[1]
+
+
+def test_a_part_of_a_name_is_understood() -> None:
+    made = Shelf("recipes", list)
+    for name in ("w4a16-rtn", "rtn-w8a8", "fp8"):
+        made.add(name, name, "qcore")
+    with pytest.raises(NotFound, match=r"no recipe named 'rtn'; did you mean 'rtn-w8a8' or 'w4a16-rtn'\?"):
+        made["rtn"]
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(run, registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    done = run("compare", "toy:", "toy:bare", "--plot", "x.svg")
+    assert done.code == 2 and "--plot x.svg cannot be written there; name a file in a folder where you can write" in done.err
+    assert "float model" not in done.err
+
+
+@pytest.mark.parametrize("name", ["block-00000.safetensors", "block-00000.json", "run.json"])
+def test_a_damaged_run_says_so_and_is_not_deleted(tmp_path: Path, name: str) -> None:
+    journal = Journal(tmp_path / "out.run", {"a": 1})
+    journal.finish_block(0, {"w": torch.ones(2)}, {"x": 1})
+    journal.close()
+    (tmp_path / "out.run" / name).write_text("{")
+    with (
+        pytest.raises(CheckpointError, match=r"delete .*out\.run and start again"),
+        running_into(tmp_path / "out", {"a": 1}, resume=True) as (journal, _),
+    ):
+        journal.block(0)
+    assert (tmp_path / "out.run" / name).read_text() == "{"
+
+
+def test_runs_of_other_recipes_are_told_apart_by_their_lines(tmp_path: Path) -> None:
+    Journal(tmp_path / "run", {"recipe": "bits = 4\nlong = 1\n"}).close()
+    with pytest.raises(CheckpointError, match=r"recipe: the run has 'bits = 4', now 'bits = 3'$"):
+        Journal(tmp_path / "run", {"recipe": "bits = 3\nlong = 1\n"})
+
+
+def test_a_locale_without_the_signs_of_tables_still_gets_the_table(registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["recipes", "list"]) == 0
+    out.flush()
+    assert b"w4a16-gptq" in out.buffer.getvalue()

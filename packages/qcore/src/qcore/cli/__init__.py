@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -126,6 +127,10 @@ _OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "ex
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = [_at_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    for stream in (sys.stdout, sys.stderr):
+        # a locale without × and │ gets ? for them, not a UnicodeEncodeError after the work
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     # the bars of libraries would run through our own progress
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 # a token is shorter than this, on average over a text: so much text is enough for sure, and is not encoded to count
 CHARACTERS = 16
+# bytes of a file of images that is read to see whether it can be
+LARGEST = 256 << 20
 
 
 def data_problems(loaded: "LoadedModel", recipe: "Recipe", data: Any, *, calibrates: bool, eval_tokens: int, window: int | None) -> list[str]:
@@ -25,7 +27,7 @@ def data_problems(loaded: "LoadedModel", recipe: "Recipe", data: Any, *, calibra
     # a source that makes its data has its own reasons to refuse, and needs the whole model to find them
     calibration = data.calibration if calibrates and (settings.source is None or settings.source.needs_text()) else None
     if not isinstance(data, TextPair):
-        return [why for part in (calibration, data.evaluation) if (why := _missing(getattr(part, "path", None)))]
+        return [why for part in (calibration, data.evaluation) if (why := _unreadable(part))]
     checks: list[Callable[[], Any]] = []
     if calibration is not None:
         checks.append(lambda: _enough(calibration, settings.samples * settings.length) or calibration.windows(loaded.tokenizer, settings))
@@ -55,7 +57,11 @@ def _refusal(check: Callable[[], Any]) -> str | None:
     return None
 
 
-def _missing(path: object) -> str | None:
-    if isinstance(path, Path) and not path.exists():
+def _unreadable(part: Any) -> str | None:
+    """What is wrong with a file of other data than text; a large one is only looked for."""
+    path, read = getattr(part, "path", None), getattr(part, "read", None)
+    if not isinstance(path, Path):
+        return None
+    if not path.exists():
         return f"data file {path} does not exist; pass a path that exists"
-    return None
+    return _refusal(read) if callable(read) and path.is_file() and path.stat().st_size <= LARGEST else None

@@ -174,11 +174,13 @@ class _Run:
 
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""
+        from qcore.cli._weights import require_finite_floats
         from qcore.evaluation import Reference
         from qcore.evaluation.histograms import Magnitudes, leaves_of, to_data, watching_inputs
         from qcore.pipeline.floats import require_finite_weights
 
         if self.task is None:
+            require_finite_floats(self.job.loaded, self.plan)
             return None
         seen = place / "histograms.json"
         with self.job.timed("reference"):

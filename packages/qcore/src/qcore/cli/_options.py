@@ -1,5 +1,6 @@
 """Options that several commands share, and how they become objects."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,7 +73,12 @@ def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedM
 
     if not uri.strip():
         raise NotFound(f"the model's address is empty, got {uri!r}; pass a folder, a file, or zoo:tiny-llama")
-    loaded = load_source(uri, own.sources)
+    try:
+        loaded = load_source(uri, own.sources)
+    except NotFound as e:
+        if not (hint := _hint(uri)):
+            raise
+        raise NotFound(f"{e}\n{hint}") from e
     chosen = adapter_for(loaded.model, own.adapters, adapter)
     if adapter is not None and not chosen.matches(loaded.model):
         fitting = [name for name, cls in own.adapters.items() if cls().matches(loaded.model)]
@@ -81,6 +87,22 @@ def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedM
             f"leave --adapter out, or take {' or '.join(fitting) or 'another model: none of those installed does'}"
         )
     return loaded, chosen
+
+
+def _hint(uri: str) -> str:
+    """What a user may have meant by an address that no source takes; "" where nothing comes to mind."""
+    path = Path(uri)
+    if path.is_dir():
+        names = {p.name for p in path.iterdir()}
+        if not names:
+            return f"{uri} is an empty folder"
+        if "config.json" not in names:
+            return f"{uri} holds no config.json, which says what its weights are of: fetch it too, or name the folder that holds it"
+    elif not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", uri):
+        return (
+            f"qcore downloads nothing; if {uri} is a name on the Hugging Face Hub: hf download {uri} --local-dir {path.name}, then pass {path.name}/"
+        )
+    return ""
 
 
 def window_length(window: int | None, model: Any) -> int:

@@ -80,7 +80,7 @@ def running_into(out: Path, content: Mapping[str, Any], *, resume: bool, process
     """
     from qcore.checkpoint.journal import Journal
     from qcore.cli import Interrupted
-    from qcore.errors import QcoreError, SpecError, Stopped
+    from qcore.errors import CheckpointError, QcoreError, SpecError, Stopped
 
     # a link to a folder stays, and what it points to is replaced: it may lie on another disk on purpose
     out = Path(os.path.realpath(out))
@@ -116,14 +116,16 @@ def running_into(out: Path, content: Mapping[str, Any], *, resume: bool, process
         keep = _finished(run) > 0
         then = f"{_finished(run)} blocks are finished: the same command with --resume goes on" if keep else "nothing was finished; start again"
         raise Stopped(f"{e}; {then}") from e
-    except QcoreError:
-        raise
-    except OSError as e:
-        if not (keep := _finished(run) > 0):
+    except (QcoreError, OSError) as e:
+        # a full disk is no fault of the input, whoever names it
+        disk = e if isinstance(e, OSError) else e.__cause__
+        if resume and isinstance(e, CheckpointError) and str(run) in str(e):
+            keep = True  # a file of the run itself is damaged: the user is told to delete the folder, and may have a copy instead
+        if keep or not isinstance(disk, OSError) or not (keep := _finished(run) > 0):
             raise
-        where = f" ({e.filename})" if e.filename else ""
+        where = f" ({disk.filename})" if disk.filename else ""
         raise Stopped(
-            f"{e.strerror or e}{where}; nothing was written in {out}/; {_finished(run)} blocks are finished: mend that, "
+            f"{disk.strerror or disk}{where}; nothing was written in {out}/; {_finished(run)} blocks are finished: mend that, "
             "and the same command with --resume goes on"
         ) from e
     except BaseException:

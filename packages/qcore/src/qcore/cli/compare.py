@@ -1,5 +1,6 @@
 """`qcore compare`: several models on one text, measured against the first."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,20 +37,27 @@ def compare(
 
     Example: qcore compare zoo:tiny-llama out-gptq/ out-rtn/ --attribute --plot quality.svg
     """
-    from qcore.cli._show import print_json, score_name, scores_row, show_attribution, table
+    from qcore.cli._show import print_json
     from qcore.errors import SpecError
-    from qcore.evaluation.report import megabytes
 
     if len(models) < 2:
         raise SpecError(f"compare wants at least two models, got {models[0]!r} alone; for one model: qcore eval {models[0]}")
     if plot is not None:
         check_plot(plot)
     rows = run_compare(models, registry(), text, eval_tokens, window, adapter, attribute_tokens=attribute_tokens if attribute else None)
-    if plot is not None:
-        draw(rows, plot)
     if as_json:
         print_json([row.to_dict() for row in rows])
-        return
+    else:
+        show_rows(rows)
+    if plot is not None:  # last: a plot that fails takes no figures with it
+        draw(rows, plot)
+
+
+def show_rows(rows: "Sequence[Row]") -> None:
+    """Print what was found as tables."""
+    from qcore.cli._show import score_name, scores_row, show_attribution, table
+    from qcore.evaluation.report import megabytes
+
     lines = [
         (
             row.name,
@@ -153,13 +161,16 @@ def check_plot(path: Path) -> None:
         raise SpecError(f"--plot {path.name} is not called *.svg; a plot is an SVG picture, which every browser shows")
     if not path.parent.is_dir():
         raise SpecError(f"--plot {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SpecError(f"--plot {path} cannot be written there; name a file in a folder where you can write")
 
 
 def draw(rows: "Sequence[Row]", path: Path) -> None:
     """Write the plot of KL divergence against size."""
+    from qcore.cli._files import write_whole
     from qcore.cli._show import remark
     from qcore.reporting import pareto_plot
 
     points = [(row.name, row.bytes, row.scores["kl"], row.best) for row in rows[1:] if row.bytes]
-    path.write_text(pareto_plot(points, rows[0].name), encoding="utf-8")
+    write_whole(path, pareto_plot(points, rows[0].name))
     remark(f"written: {path}")
