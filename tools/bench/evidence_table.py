@@ -8,8 +8,18 @@ from typing import Any
 
 from evidence import fresh
 
-# measured with tools/bench/peers on the same text, model and machine size in November 2026: KL, top-1, perplexity, seconds, peak GB
-PEERS = Path(__file__).with_name("peers") / "measured.json"
+TOOLKITS = {  # by the name of the function in peers/run_peer.py
+    "qcore-gptq": "qcore",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+    "torchao-hqq": "torchao",
+    "autoround-rtn": "AutoRound",
+    "autoround-optrtn": "AutoRound",
+    "autoround": "AutoRound",
+    "llmc-rtn": "llm-compressor",
+    "llmc-gptq": "llm-compressor",
+    "gptqmodel": "gptqmodel",
+}
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,19 +76,29 @@ def _table(model: str, cells: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", *(["† made by older code; `make evidence` computes it anew.", ""] if older else [])]
 
 
-def _peers() -> list[str]:
-    data = json.loads(PEERS.read_text())
+def _peers(folder: Path) -> list[str]:
+    """The best row of each toolkit at each width, out of the cells of tools/bench/peers/compare.py."""
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for file in sorted(folder.glob("w[0-9]-*.json")):
+        kept = json.loads(file.read_text())
+        cell, scores = kept["cell"], kept.get("scores")
+        toolkit = TOOLKITS.get(cell["peer"])
+        if scores and toolkit and scores["kl"] < best.get((cell["bits"], toolkit), kept | {"scores": {"kl": float("inf")}})["scores"]["kl"]:
+            best[cell["bits"], toolkit] = kept
+    if not best:
+        return []
     lines = [
-        "### Peers on the same model, text and calibration tokens",
+        "### Other toolkits on the same model, text and calibration tokens",
         "",
-        data["how"],
+        "The best of each, by KL; one thread. All rows, how they were made, and versions: [qcore beside other toolkits](peers.md).",
         "",
-        "| | KL | top-1 | perplexity | seconds | peak GB |",
-        "|---|---|---|---|---|---|",
+        "| weights | toolkit | method | calibration windows | bits | KL to float | perplexity | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in data["rows"]:
-        values = [row.get(k) for k in ("kl", "top1", "perplexity", "seconds", "peak_gb")]
-        lines.append(f"| {row['name']} | " + " | ".join("–" if v is None else f"{v:g}" for v in values) + " |")
+    for (bits, toolkit), kept in sorted(best.items(), key=lambda e: (-e[0][0], e[1]["scores"]["kl"])):
+        cell, run, scores = kept["cell"], kept["run"], kept["scores"]
+        figures = f"{run['eff_bits']:.2f} | {scores['kl']:.4f} | {scores['perplexity']:.2f} | {run['cpu_seconds']:.0f}"
+        lines.append(f"| W{bits} | {toolkit} | `{cell['method']}` | {cell['windows']} | {figures} |")
     return [*lines, ""]
 
 
@@ -212,7 +232,7 @@ def write(cells: Path) -> None:
     for model, own in tables.items():
         lines += _table(model, own)
         if model == "smollm2-135m":
-            lines += _peers()
+            lines += _peers(cells / "peers")
     lines += _speed(cells.parent / "gptq_speed.json")
     lines += _memory(cells.parent / "memory")
     lines += _faults(cells.parent)

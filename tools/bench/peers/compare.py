@@ -59,7 +59,7 @@ class Method:
 METHODS = {
     "float": Method("float", OWN, "the float32 weights that all are given: a check of the harness", ((0,), (), ())),
     "qcore-gptq": Method("qcore-gptq", OWN, "qcore, recipe `w4a16-gptq`"),
-    "qcore-gptq-16": Method("qcore-gptq", OWN, "qcore, recipe `w4a16-gptq`", ((), (16,), (16,))),
+    "qcore-gptq-16": Method("qcore-gptq", OWN, "qcore, recipe `w4a16-gptq`", ((16,), (16,), (16,))),
     "hqq": Method("hqq", THREE, "HQQ (asymmetric, 16-bit zero points; no data)"),
     "torchao": Method("torchao", THREE, "torchao intx (no data)"),
     "torchao-hqq": Method("torchao-hqq", THREE, "torchao intx with HQQ's scales (no data)"),

@@ -10,7 +10,7 @@ from evidence import CELLS, ROOT
 
 PAGE = ROOT / "docs" / "evidence" / "peers.md"
 READING = Path(__file__).with_name("reading.md")
-EARLIER = Path(__file__).with_name("measured.json")
+PICTURE = PAGE.with_name("peers.svg")
 HEAD = "| method | calibration windows | bits per weight | KL to float | ± s.e. | perplexity | top-1 | seconds | CPU seconds | load | peak GB |"
 OWN_ROWS = ("gptq", "awq", "rtn-clip", "rtn")
 TOOLKITS = ("gptqmodel", "llmcompressor", "auto-round", "hqq", "torchao", "torch", "transformers")
@@ -64,15 +64,30 @@ def _versions(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"- {', '.join(f'`{p}`' for p in dict.fromkeys(peers))}: {line}" for line, peers in sorted(sets.items(), key=lambda kv: kv[1])]
 
 
-def _earlier() -> list[str]:
-    """Figures of an earlier run, which no cell stands for."""
-    data = json.loads(EARLIER.read_text())
-    lines = ["## Earlier figures", "", "No cells stand for these; they are shown until all cells are there. " + data["how"], ""]
-    lines += ["| | KL | top-1 | perplexity | seconds | peak GB |", "|---|---|---|---|---|---|"]
-    for row in data["rows"]:
-        values = [row.get(k) for k in ("kl", "top1", "perplexity", "seconds", "peak_gb")]
-        lines.append(f"| {row['name']} | {' | '.join('–' if v is None else f'{v:g}' for v in values)} |")
-    return [*lines, ""]
+def _picture(there: Mapping[Any, Mapping[str, Any]]) -> None:
+    """KL against the processor's seconds, a panel a width."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qcore"  # the same cells give the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2))
+    for axis, bits in zip(axes, (4, 3, 2), strict=True):
+        for cell, kept in there.items():
+            if cell.bits != bits or "cpu_seconds" not in kept["run"] or "scores" not in kept:
+                continue
+            at = max(kept["run"]["cpu_seconds"], 1.0), kept["scores"]["kl"]
+            own = cell.peer.startswith("qcore")
+            axis.plot(*at, "o", color="tab:red" if own else "tab:gray")
+            axis.annotate(cell.method, at, textcoords="offset points", xytext=(5, 3), fontsize=7, color="tab:red" if own else "black")
+        axis.set(title=f"{bits} bits, groups of 64", xlabel="processor seconds, one thread", xscale="log", yscale="log")
+        axis.margins(x=0.25, y=0.12)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL divergence to the float model")
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any, dict[str, Any]], bool]) -> str:
@@ -97,6 +112,8 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
         "",
         "**The weights are dequantized Q4_1: they lie on an asymmetric 4-bit grid in groups of 32, which favours asymmetric and unrotated 4 bits.**",
         "",
+        "![KL divergence against processor seconds, by width](peers.svg)",
+        "",
     ]
     for bits in (4, 3, 2):
         rows = [_row(c, k, methods[c.method].words, not fresh(c, k)) for c, k in there.items() if c.bits == bits and k["run"]["ok"]]
@@ -108,8 +125,6 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
         lines += ["Not measured: " + ", ".join(f"`{c.name}`" for c in absent) + ".", ""] if absent else [""] if failed else []
     if any(not fresh(c, k) for c, k in there.items()):
         lines += ["† made by older code; the script computes it anew.", ""]
-    if EARLIER.is_file() and any(c not in there for c in cells):
-        lines += _earlier()
     if versions := _versions(list(there.values())):
         lines += ["## Versions", "", *versions, ""]
     if READING.is_file():
@@ -119,3 +134,4 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
 
 def write(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any, dict[str, Any]], bool]) -> None:
     PAGE.write_text(page(cells, methods, fresh), encoding="utf-8")
+    _picture({c: json.loads(c.file.read_text()) for c in cells if c.file.exists()})

@@ -89,9 +89,9 @@ def linear(
     """
     n, k = shape
     dtype = TYPES.get(x.dtype)
-    if dtype is None or x.device.type != "cpu" or x.shape[-1] != k:
+    if dtype is None or not x.is_cpu or x.shape[-1] != k:
         raise ValueError(f"x: has shape {list(x.shape)}, {x.dtype}, on {x.device}; allowed: [..., {k}] of {FLOATS} on cpu")
-    if codes.device.type != "cpu":
+    if not codes.is_cpu:
         raise ValueError(f"codes: is on {codes.device}; allowed: cpu, where x is")
     if x_scale is not None:
         require_one("x_scale", x_scale, (torch.float32,), x)
@@ -127,7 +127,7 @@ def linear(
 def quantize_rows(x: Tensor, x_scale: Tensor | None = None, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
     """(codes [T, K] int8, scale [T, 1] float32) of x [T, K]; see `qkernels.quantize_rows`."""
     dtype = TYPES.get(x.dtype)
-    if dtype is None or x.device.type != "cpu" or x.dim() != 2:
+    if dtype is None or not x.is_cpu or x.dim() != 2:
         raise ValueError(f"x: has shape {list(x.shape)}, {x.dtype}, on {x.device}; allowed: [T, K] of {FLOATS} on cpu")
     if x_scale is not None:
         require_one("x_scale", x_scale, (torch.float32,), x)
@@ -142,8 +142,15 @@ def quantize_rows(x: Tensor, x_scale: Tensor | None = None, *, isa: str | None =
     return codes, scale
 
 
-@torch.library.custom_op("qkernels::linear", mutates_args=())
-def compiled_linear(
+# An operator that torch.compile keeps in its graph.  torch.library.custom_op would do the same, but its wrappers (a search for aliased arguments,
+# autograd) cost 10 µs a call, more than a layer of 576 × 576 takes.  Gradients of x never come here: `qcore.ops.native` takes the reference for them.
+_LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, int n, int k, int group, int bits, bool int8_inputs, Tensor? x_scale) -> Tensor"
+)
+
+
+def _compiled(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -155,12 +162,10 @@ def compiled_linear(
     int8_inputs: bool,
     x_scale: Tensor | None,
 ) -> Tensor:
-    """`linear` as an operator that torch.compile keeps in its graph; called by itself it takes four times as long as `linear`."""
     return linear(x, codes, scale, shift, (n, k), group, bits, int8_inputs=int8_inputs, x_scale=x_scale)
 
 
-@compiled_linear.register_fake
-def _(
+def _shape_alone(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -173,3 +178,8 @@ def _(
     x_scale: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+_LIBRARY.impl("linear", _compiled, "CPU")
+torch.library.register_fake("qkernels::linear", _shape_alone, lib=_LIBRARY)
+compiled_linear = torch.ops.qkernels.linear.default

@@ -125,6 +125,18 @@ def test_compiled_models_keep_the_kernel_in_one_graph():
         assert torch.equal(torch.compile(leaf, backend="eager", fullgraph=True)(x), leaf(x))
 
 
+@pytest.mark.parametrize("dtype", native.TYPES)
+@pytest.mark.parametrize("int8_inputs", [False, True])
+def test_the_compiled_operator_is_what_torch_expects_of_one(dtype, int8_inputs):
+    kernel = NativeInt8Linear() if int8_inputs else NativeWeightLinear()
+    job, parts = a_job(int_weight(4, 32), activation=int_activation() if int8_inputs else None)
+    p = kernel.prepare(parts, job)
+    n, k = job.shape
+    args = (torch.randn(2, 3, k).to(dtype), p["native.codes"], p["native.scale"], p.get("native.shift"), n, k, 32, 4, int8_inputs, None)
+    torch.library.opcheck(native.compiled_linear, args)
+    assert torch.equal(native.compiled_linear(*args), kernel(args[0], p, replace(job, dtype=dtype)))
+
+
 def test_what_has_no_code_is_an_error():
     job, parts = a_job(int_weight(4, 32), activation=int_activation())
     kernel = NativeInt8Linear()
