@@ -15,6 +15,7 @@ from qcore.cli._options import (
     ModelArg,
     ParallelOption,
     RecipeOption,
+    SelectOption,
     SetOption,
     StreamOption,
     TokensOption,
@@ -22,6 +23,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     with_budget,
+    with_selector,
 )
 
 
@@ -32,6 +34,7 @@ def plan(
     evaluation: EvalOption = None,
     setting: SetOption = None,
     bits: BitsOption = None,
+    select: SelectOption = None,
     eval_tokens: TokensOption = 4096,
     window: WindowOption = None,
     adapter: AdapterOption = None,
@@ -59,7 +62,8 @@ def plan(
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
-    wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
+    overrides = with_selector(select, tuple(setting or ()))
+    wanted = load_recipe(recipe, own, with_budget(recipe, own, overrides, bits))
     loaded, chosen = open_model(model, own, adapter)
     text = choose_data(loaded, calib, evaluation)
     made = make_plan(
