@@ -1,6 +1,7 @@
 """One kind of thing by name, and what to say when the name is not there."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -51,7 +52,8 @@ class Shelf(Mapping[str, T]):
                 f"{what} {name!r} is given by {both}, and they differ; rename one, uninstall one, "
                 f"or leave one out with QCORE_PLUGINS=<the plug-ins you want, with commas between>"
             )
-        near = difflib.get_close_matches(name, self._items, n=3)
+        # "rtn" is far from "w4a16-rtn" by letters, and yet what was meant
+        near = difflib.get_close_matches(name, self._items, n=3) or sorted(n for n in self._items if name and name in re.split(r"\W+", n))[:3]
         have = ", ".join(f"{n} ({self.origin[n]})" for n in sorted(self._items)) or "none"
         lines = [f"no {what} named {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")]
         lines += [f"there is: {have}", *self._absent()]
