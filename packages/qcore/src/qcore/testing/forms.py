@@ -159,6 +159,7 @@ def _check_products(kernel: Kernel, packing: Packing, job: Job, rows: Sequence[i
         parts = kernel.prepare(stored, job)
     assert unchanged(stored, kept), f"{name}: prepare() wrote into the stored parts, which are saved again as they are"
     assert isinstance(parts, Mapping), f"{name}: prepare() returned {parts!r}; return the parts as the kernel wants them, a dict"
+    mine = kept_tensors(dict(parts))
     w = q.dequantize()
     for lead in [*((t,) for t in rows), (2, 3), (0,)]:
         x = noise(*lead, k, seed=sum(lead)).to(job.device, job.dtype)
@@ -177,6 +178,7 @@ def _check_products(kernel: Kernel, packing: Packing, job: Job, rows: Sequence[i
         seen = x.float().cpu() if job.activation is None else fake_quantize(x.float().cpu().reshape(-1, k), job.activation).reshape(x.shape)
         gap = deviation(y.double().cpu(), (seen.double() @ w.double().T))
         assert gap <= rtol, f"{name} on x {[*lead, k]} is off the dequantized reference by {gap:.2g} of the largest output, allowed is {rtol:.2g}"
+    assert unchanged(dict(parts), mine), f"{name} wrote into the weight's parts; the next call would see another weight"
 
 
 def check_module(module: RuntimeModule, *inputs: Tensor, registry: Any = None) -> None:
