@@ -42,8 +42,8 @@ class Ledger:
 
 
 class Memory:
-    """nsb: None = no speculative buffer.  With one, prefetched lines arrive there and not in L2; a line goes on to L2 when it is loaded first, or when
-    the buffer has no room for it any more."""
+    """nsb: None = no speculative buffer.  With one, prefetched lines arrive there and not in L2; a line goes on to L2 when it is loaded first, or
+    when the buffer has no room for it any more."""
 
     def __init__(self, machine: Machine, nsb: CacheShape | None, stages: int) -> None:
         self._machine = machine

@@ -20,7 +20,7 @@ class Result:
     accesses, hits, timely, late, misses_cold, misses_again: of all stages; they add up (see `memory.Ledger`)
     coverage:           1 - (misses + late) / misses of the baseline: what a load no longer waits for DRAM for
     coverage_with_late: 1 - misses / misses of the baseline: late ones counted as covered, as many reports do
-    accuracy:           prefetched lines that were loaded / prefetched lines;  timeliness: timely / (timely + late).  None where nothing was prefetched
+    accuracy:           prefetched lines that were loaded / prefetched lines;  timeliness: timely / (timely + late).  None where there are none
     stall_cycles:       cycles in which the arithmetic waits, hits included
     bus_bound:          offchip lines · bus cycles: no run with this traffic can be quicker
     data_miss_rate:     of the loads of rows alone

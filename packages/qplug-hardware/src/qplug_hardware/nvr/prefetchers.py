@@ -23,8 +23,8 @@ class NextLine(NoPrefetcher):
 class StreamPrefetcher(NoPrefetcher):
     """Lines that a load instruction asks for one after the other are a stream; once it is confirmed, it is kept `distance` lines ahead.
 
-    Streams are told apart by the load instruction (the stage), so that gathers do not push the index stream out of the table.  What finds no MSHR waits
-    in a queue; while the queue is full a stream asks for nothing, and goes on from there when the program goes on.
+    Streams are told apart by the load instruction (the stage), so that gathers do not push the index stream out of the table.  What finds no MSHR
+    waits in a queue; while the queue is full a stream asks for nothing, and goes on from there when the program goes on.
     """
 
     def __init__(self, config: Stream, stages: Sequence[int] | None = None) -> None:
@@ -68,9 +68,9 @@ class StreamPrefetcher(NoPrefetcher):
 class IMP(NoPrefetcher):
     """Indirect memory prefetcher: index i was followed by address base + (i << shift), so the same is done `distance` elements ahead.
 
-    Source: Yu et al., MICRO 2015, one level, as the specification has it: its optional second level is left out, so behind a table it prefetches the
-    table's entries alone.  It walks through the index array as it lies in memory, one element a cycle, knows no loops, and does nothing for an element
-    whose index has not arrived.  A stream prefetcher for the indices belongs to it.  It learns from the first step after the indices.
+    Source: Yu et al., "IMP: Indirect Memory Prefetcher", MICRO 2015.  Its optional second level is left out, so behind a table it prefetches the
+    table's entries alone.  It walks through the index array as it lies in memory, one element a cycle, knows no loops, and does nothing for an
+    element whose index has not arrived.  A stream prefetcher for the indices belongs to it.  It learns from the first step after the indices.
     """
 
     def __init__(self, config: Indirect, stream: Stream, distance: int) -> None:

@@ -7,9 +7,9 @@ sparse chain detector (SCD) learns base and stride of every level from the progr
 loop bound detector (LBD)   knows where the row ends and which row the program visits next
 micro-instructions (VMIG)   a step handles a whole vector of elements and asks for each line once
 
-Several chains advance side by side: each takes the next group of elements, waits for its indices to arrive, asks for the entries of the first table,
-waits, and so on; the rows of data are asked for and not waited for.  An index is known to the sub-thread only once its line has arrived.  Where several
-wait for an MSHR, the stride detector goes first, then the chain whose elements the program reaches first.
+Several chains advance side by side: each takes the next group of elements, waits for its indices to arrive, asks for the entries of the first
+table, waits, and so on; the rows of data are asked for and not waited for.  An index is known to the sub-thread only once its line has arrived.
+Where several wait for an MSHR, the stride detector goes first, then the chain whose elements the program reaches first.
 
 The sub-thread starts at the program's first load of indices.  `stalled_only` makes it the DVR-like model: it makes its steps only while the program
 waits for a line that missed, and keeps its place between.

@@ -1,8 +1,8 @@
 """The reference simulator: processes that take turns in the order of time.
 
-A process is a generator that yields the time at which it wants to go on and its rank, or SLEEP until it is woken.  The program is one process, with
-rank 0; a prefetcher hears of every load and starts processes of its own.  At equal times the lowest rank goes first, then who asked first, so a run has
-one outcome.
+A process is a generator that yields the time at which it wants to go on and its rank, or SLEEP until it is woken.  The program is one process,
+with rank 0; a prefetcher hears of every load and starts processes of its own.  At equal times the lowest rank goes first, then who asked first, so a
+run has one outcome.
 
 The program, for each vector of up to 16 elements of a loop, in order and without overlap:
 

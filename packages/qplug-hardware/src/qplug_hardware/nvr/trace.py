@@ -33,8 +33,8 @@ class Trace:
     indices:     [n] as they lie in memory
     rows:        rows of data;  row_bytes: of each, one after the other
     tables:      each [m], whose numbers point into the next table or, of the last one, at a row
-    bounds:      [loops, 2] first and past-the-end position in `indices`, in the order in which the program visits them.  Loops may lie in another order
-                 than they are visited, leave gaps, or overlap.  None: one loop over everything
+    bounds:      [loops, 2] first and past-the-end position in `indices`, in the order in which the program visits them.  Loops may lie in another
+                 order than they are visited, leave gaps, or overlap.  None: one loop over everything
     index_bytes: of an index, and of a table's entry
     value_bytes: of a number that is streamed beside each index (the weights of A); 0 = none
     """
