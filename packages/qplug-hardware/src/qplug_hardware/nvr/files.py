@@ -39,10 +39,11 @@ def read_trace(path: Path, row_bytes: int | None = None) -> Trace:
 
 def save_trace(path: Path, trace: Trace) -> None:
     """Write a trace as .npz, to be read by `read_trace`."""
-    tables = {f"table_{i}": t for i, t in enumerate(trace.tables)}
-    numbers = {"rows": trace.rows, "row_bytes": trace.row_bytes, "index_bytes": trace.index_bytes, "value_bytes": trace.value_bytes}
+    arrays: dict[str, Any] = {f"table_{i}": t for i, t in enumerate(trace.tables)}
+    arrays |= {"name": np.array(trace.name), "indices": trace.indices, "bounds": trace.loops}
+    arrays |= {"rows": trace.rows, "row_bytes": trace.row_bytes, "index_bytes": trace.index_bytes, "value_bytes": trace.value_bytes}
     with Path(path).open("wb") as f:
-        np.savez_compressed(f, name=np.array(trace.name), indices=trace.indices, bounds=trace.loops, **tables, **numbers)
+        np.savez_compressed(f, **arrays)
 
 
 def _npz(path: Path, row_bytes: int | None) -> Trace:
@@ -71,7 +72,7 @@ def _npz(path: Path, row_bytes: int | None) -> Trace:
         columns = _number(arrays, "columns", _one_more(arrays["col_idx"]))
         return csr(arrays["row_ptr"], arrays["col_idx"], columns, wide, name=path.stem)
     if {"indices", "rows", "bounds"} <= set(arrays):
-        tables = []
+        tables: list[NDArray[Any]] = []
         while f"table_{len(tables)}" in arrays:
             tables.append(arrays[f"table_{len(tables)}"])
         name = str(arrays["name"]) if arrays.get("name", np.zeros(1)).ndim == 0 else path.stem

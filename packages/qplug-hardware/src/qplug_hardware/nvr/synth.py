@@ -44,7 +44,7 @@ def short_rows(rows: int, gathers: int, row_bytes: int = 128, seed: int = 0, lon
     """Loops of 1 to `longest` uniform gathers that are visited in random order, every second one of those in memory: sampled nodes of a graph."""
     whole("longest", longest, 1)
     rng = _rng(seed)
-    lengths = []
+    lengths: list[int] = []
     while sum(lengths) < _count(gathers):
         lengths.append(int(rng.integers(1, longest + 1)))
     lengths = [length for one in lengths for length in (one, int(rng.integers(1, longest + 1)))]
