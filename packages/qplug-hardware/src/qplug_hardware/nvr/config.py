@@ -1,7 +1,7 @@
 """The machine and the prefetchers, as frozen values that are checked when they are made.
 
-Defaults are those of the specification: 64-byte lines, 256 KB of L2, 200 cycles to DRAM and 8 cycles of its bus for a line, vectors of 16 gathers.
-Times are cycles, sizes bytes, everywhere.
+Defaults: 64-byte lines, 256 KB of L2, 200 cycles to DRAM and 8 cycles of its bus for a line, vectors of 16 gathers.  Times are cycles, sizes bytes,
+everywhere.
 """
 
 from dataclasses import dataclass, field
