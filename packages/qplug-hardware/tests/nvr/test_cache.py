@@ -1,6 +1,6 @@
 """The cache against a list that is searched, and the rules of the memory behind it."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from qplug_hardware.nvr.cache import Cache
 from qplug_hardware.nvr.config import CacheShape, Machine
@@ -31,6 +31,7 @@ class NaiveCache:
         return same[0]
 
 
+@settings(deadline=None)
 @given(st.sampled_from([(1, 1), (1, 4), (4, 2), (3, 3)]), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=60))
 def test_cache_is_least_recently_used(shape, requests):
     sets, ways = shape

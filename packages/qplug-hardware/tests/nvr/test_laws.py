@@ -142,6 +142,7 @@ def test_models_do_not_disturb_one_another():
     assert all(compare(trace, [m])[m] == together[m] for m in MODELS)
 
 
+@quick
 @given(st.integers(0, 10**6), st.integers(-300, 300), st.lists(st.integers(0, 10**5), min_size=8, max_size=30, unique=True))
 def test_a_pattern_is_learned_from_its_loads_and_is_right(base, stride, indices):
     pattern = Affine(1)
@@ -149,6 +150,7 @@ def test_a_pattern_is_learned_from_its_loads_and_is_right(base, stride, indices)
     assert pattern.known and all(pattern.address(i) == base + stride * i for i in range(50))
 
 
+@quick
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10**6)), max_size=30), st.integers(1, 3))
 def test_a_pattern_that_is_known_explains_what_it_was_learned_from(pairs, confirmations):
     pattern = Affine(confirmations)

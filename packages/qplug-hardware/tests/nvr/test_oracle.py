@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from qplug_hardware.nvr.oracle import fewest_fetches
 
@@ -21,6 +21,7 @@ def by_trying(wanted, capacity):
     return least(0, frozenset())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=14), st.integers(1, 4))
 def test_no_choice_of_victims_fetches_less(wanted, capacity):
     fetched = fewest_fetches(wanted, capacity)

@@ -148,8 +148,8 @@ def _trace(job: Job) -> Trace:
         raise NotFound(f"there is no synthetic trace {job.synthetic!r}; {hint}have: {', '.join(SYNTHETIC)}")
     given_or = [d if v is None else v for v, d in ((job.rows, 20_000), (job.gathers, 40_000), (job.row_bytes, 128), (job.seed, 0))]
     for name, value, low in zip(("--rows", "--gathers", "--row-bytes", "--seed"), given_or, (1, 1, 1, 0), strict=True):
-        if not low <= value <= 10**8:
-            raise SpecError(f"{name} is {value}; allowed: {low} to {10**8}")
+        if not low <= value <= 10**7:
+            raise SpecError(f"{name} is {value}; allowed: {low} to {10**7}")
     return SYNTHETIC[job.synthetic](*given_or)
 
 
