@@ -31,7 +31,7 @@ def test_settings_and_defaults_are_those_of_the_code():
                 made = getattr(made, part)
             assert value in (str(made).lower(), "depth" if made is None else ""), (key, value, made)
             seen.add(key)
-    assert {"machine.l2.ways", "runahead.vmig", "imp.queue", "stream.confirmations"} <= seen and len(seen) == 26
+    assert {"machine.l2.ways", "runahead.vmig", "imp.queue", "stream.confirmations"} <= seen and len(seen) == 27
 
 
 def test_every_model_is_described():

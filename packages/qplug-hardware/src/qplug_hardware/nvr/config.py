@@ -100,18 +100,21 @@ class Indirect:
 
     distance:      elements ahead; None: the depth of the runahead, so that models differ in their mechanism and not in their reach
     confirmations: pairs of index and address that must agree with a base and a shift before it prefetches
-    queue:         elements that may wait for an MSHR; more are dropped
+    queue:         elements that may wait for an MSHR; beyond, the oldest are dropped
+    lead:          lines by which its index stream runs further ahead.  With too few an index has not arrived when it is wanted, with too many it is gone
     """
 
     distance: int | None = None
     confirmations: int = 3
     queue: int = 64
+    lead: int = 8
 
     def __post_init__(self) -> None:
         if self.distance is not None:
             whole("imp.distance", self.distance, 0)
         whole("imp.confirmations", self.confirmations, 1)
         whole("imp.queue", self.queue, 1)
+        whole("imp.lead", self.lead, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

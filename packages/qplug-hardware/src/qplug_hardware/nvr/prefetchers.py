@@ -70,7 +70,8 @@ class IMP(NoPrefetcher):
 
     Source: Yu et al., "IMP: Indirect Memory Prefetcher", MICRO 2015.  Its optional second level is left out, so behind a table it prefetches the
     table's entries alone.  It walks through the index array as it lies in memory, one element a cycle, knows no loops, and does nothing for an
-    element whose index has not arrived.  A stream prefetcher for the indices belongs to it.  It learns from the first step after the indices.
+    element whose index has not arrived.  Of elements that wait for an MSHR the oldest are dropped, for they are wanted too soon.  A stream
+    prefetcher for the indices belongs to it.  It learns from the first step after the indices.
     """
 
     def __init__(self, config: Indirect, stream: Stream, distance: int) -> None:
@@ -78,13 +79,13 @@ class IMP(NoPrefetcher):
         self._stream = stream
         self._distance = distance
         self._pattern = Affine(config.confirmations, shifts_only=True)
-        self._queue: deque[tuple[int, int]] = deque()  # (when the index is read, position)
+        self._queue: deque[tuple[int, int]] = deque(maxlen=config.queue)  # (when the index is read, position)
+        self._busy = False
 
     def start(self, simulation: Simulation) -> None:
         self._sim = simulation
         per_line = max(1, simulation.machine.line // simulation.program.trace.index_bytes)
-        # the index stream runs ahead of what reads it
-        reach = replace(self._stream, distance=-(-self._distance // per_line) + self._stream.distance)
+        reach = replace(self._stream, distance=-(-self._distance // per_line) + self._config.lead)
         self._indices = StreamPrefetcher(reach, stages=(0,))
         self._indices.start(simulation)
 
@@ -98,18 +99,18 @@ class IMP(NoPrefetcher):
         if step.stage == 1:
             self._pattern.observe(step.keys, step.addresses)
         elif step.stage == 0 and self._pattern.known:
-            idle = not self._queue
-            for p in step.keys:
-                if p + self._distance < len(self._sim.program.trace.indices) and len(self._queue) < self._config.queue:
-                    self._queue.append((self._sim.now + self._sim.machine.l2.latency, p + self._distance))
-            if idle and self._queue:
+            read = self._sim.now + self._sim.machine.l2.latency
+            size = len(self._sim.program.trace.indices)
+            self._queue.extend((read, p + self._distance) for p in step.keys if p + self._distance < size)
+            if self._queue and not self._busy:
+                self._busy = True
                 self._sim.wake(self._drain())
 
     def _drain(self) -> Process:
         sim = self._sim
         program, memory = sim.program, sim.memory
         while self._queue:
-            when, p = self._queue[0]
+            when, p = self._queue.popleft()
             if when > sim.now:
                 yield when, 1
             if all(memory.arrived(sim.now, line) for line in program.index_lines([p])):
@@ -118,4 +119,4 @@ class IMP(NoPrefetcher):
                     while memory.prefetch(sim.now, line) is None:
                         yield memory.first_arrival, 1
             yield sim.now + 1, 1
-            self._queue.popleft()
+        self._busy = False
