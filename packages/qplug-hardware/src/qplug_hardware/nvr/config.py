@@ -101,7 +101,7 @@ class Indirect:
     distance:      elements ahead; None: the depth of the runahead, so that models differ in their mechanism and not in their reach
     confirmations: pairs of index and address that must agree with a base and a shift before it prefetches
     queue:         elements that may wait for an MSHR; beyond, the oldest are dropped
-    lead:          lines by which its index stream runs further ahead.  With too few an index has not arrived when it is wanted, with too many it is gone
+    lead:          lines by which its index stream runs further ahead.  With too few an index is not there when it is wanted, with too many it is gone
     """
 
     distance: int | None = None
