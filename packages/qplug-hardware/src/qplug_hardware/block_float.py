@@ -6,13 +6,13 @@
 | BBFP(m, o) | ± M · 2^-(m-1) · 2^(d · flag), d = m - o | sign, flag, M | m + 2 + 5/32 |
 | SharedExponent(5) | 2^(code - 15): 2^-15 … 2^16 | the exponent + bias | |
 
-0 ≤ M < 2^m.  Scale 1 is the shared exponent 0: a block is these numbers times 2^e_s.  In qcore's terms an element is a fixed grid and the shared exponent
-is a scale of its own format, so rules, solvers, modules and checkpoints take both as they take MX.
+0 ≤ M < 2^m.  Scale 1 is the shared exponent 0: a block is these numbers times 2^e_s.  In qcore's terms an element is a fixed grid and the shared
+exponent is a scale in a format of its own, so rules, solvers, modules and checkpoints take both as they take MX.
 
 GSE-INTb of GSQ-Tuning (https://arxiv.org/abs/2502.12913) is BFP(b - 1) under SharedExponent(5); `gse` says so by name.
 
-Left out: stochastic rounding, which only gradients want, and the two's complement of MXINT8, which is qcore's own `mx(Int(8))`.  It differs from BFP(7) in
-one place: a negative value that rounds to -2^m steps stays there, while a signed magnitude ends at -(2^m - 1).
+Left out: stochastic rounding, which only gradients want, and the two's complement of MXINT8, which is qcore's own `mx(Int(8))`.  It differs from
+BFP(7) in one place: a negative value that rounds to -2^m steps stays there, while a signed magnitude ends at -(2^m - 1).
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class BFP(NumberFormat):
 
 @dataclass(frozen=True)
 class BBFP(NumberFormat):
-    """± M · 2^-(m-1) · 2^(d · flag), d = m - o: block floating point with a window for most values, and one `d` exponents above it for the few large ones.
+    """± M · 2^-(m-1) · 2^(d · flag), d = m - o: block floating point with one window for most values, and one d exponents above for the few large ones.
 
     mantissa: m, magnitude bits, 1 to 12
     overlap:  o, the bits that both windows have, 0 to m - 1; o = m would be block floating point
@@ -241,7 +241,8 @@ def gse(
 ) -> QuantSpec:
     """GSE-INTb: group-shared-exponent integers of b bits with the sign, bits + 5/32 a value.
 
-    bias: "ieee": exponents are -15 … 16.  "tensor": a power of two for the tensor puts its largest block at the top code, for gradients far below 2^-15
+    bias: "ieee": exponents are -15 … 16.  "tensor": a power of two for the tensor puts its largest block at the top code, for gradients far below
+          2^-15
 
     Source: GSQ-Tuning, https://arxiv.org/abs/2502.12913, section 3
     """
