@@ -93,7 +93,7 @@ class BFP(NumberFormat):
 
 @dataclass(frozen=True)
 class BBFP(NumberFormat):
-    """± M · 2^-(m-1) · 2^(d · flag), d = m - o: block floating point with one window for most values, and one d exponents above for the few large ones.
+    """± M · 2^-(m-1) · 2^(d · flag), d = m - o: block floating point with one window for most values and one d exponents above for the few large.
 
     mantissa: m, magnitude bits, 1 to 12
     overlap:  o, the bits that both windows have, 0 to m - 1; o = m would be block floating point
