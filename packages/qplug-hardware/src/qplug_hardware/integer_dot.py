@@ -1,8 +1,8 @@
 """Dot products of blocks in integers alone: what a processing element for BFP and BBFP computes, bit by bit.
 
-Of two elements the hardware multiplies the mantissas (2m bits), moves the product up by d for each flag, gives it the exclusive or of the signs, and
-adds it to the block's accumulator; once for a pair of blocks it adds the two shared exponents.  Nothing here is rounded: the sum of a block equals the
-dot product of the decoded values exactly.
+Of two elements the hardware multiplies the mantissas (2m bits), moves the product up by d for each flag, gives it the exclusive or of the signs,
+and adds it to the block's accumulator; once for a pair of blocks it adds the two shared exponents.  Nothing here is rounded: the sum of a block
+equals the dot product of the decoded values exactly.
 
 Source: BBAL, https://arxiv.org/abs/2504.15721, section 3; GSE: GSQ-Tuning, https://arxiv.org/abs/2502.12913, section 3
 """
