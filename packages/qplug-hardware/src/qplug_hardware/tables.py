@@ -28,7 +28,7 @@ from qplug_hardware.integer_dot import fields
 
 BLOCK = 32
 ELEMENT = BBFP(10, 5)  # of the paper's unit
-FRACTION = 40  # bits behind the point of a softmax's sum: a million terms fit an int64
+FRACTION = 32  # bits behind the point of a softmax's sum: two million terms fit float64's 53 bits, with which a sum's length is counted
 FLOOR = -32.0  # e^-32 is below 2^-46: such terms of a softmax are zero, and do not widen their block
 
 
@@ -152,7 +152,7 @@ class ExponentTable:
 
 def _normalized(size: Tensor, step: Tensor, table: ExponentTable) -> tuple[Tensor, Tensor, Tensor]:
     """Exponent, half and index of whole numbers in steps of 2^step; what lies outside the exponents takes the nearest entry."""
-    length = torch.frexp(size.clamp(min=1).double())[1].long()  # exact: fewer than 53 bits
+    length = torch.frexp(size.clamp(min=1).double())[1].long()  # exact up to 53 bits
     j = _shifted(size.clamp(min=1), table.index - length, floor=True)
     e = length - 1 + step
     low, high = table.exponents.lowest, table.exponents.highest
