@@ -31,12 +31,14 @@ SEEDS = 5
 ROWS, COLUMNS = 512, 1024
 PAIRS = ((3, 1), (4, 2), (4, 3), (6, 3), (6, 4), (6, 5))
 # a specification's throw-away measurement: block 32, ties to even; not the paper's
-PUBLISHED = {
-    "normal": {"BFP(4)": 4.4e-3, "BFP(6)": 2.7e-4, "BBFP(3,1)": 6.9e-3, "BBFP(4,2)": 1.7e-3, "BBFP(4,3)": 1.4e-3, "BBFP(6,3)": 1.7e-4, "BBFP(6,4)": 1.1e-4, "BBFP(6,5)": 8.4e-5},
-    "laplace": {"BFP(4)": 6.4e-3, "BFP(6)": 4.0e-4, "BBFP(3,1)": 6.6e-3, "BBFP(4,2)": 1.6e-3, "BBFP(4,3)": 1.9e-3, "BBFP(6,3)": 1.7e-4, "BBFP(6,4)": 9.8e-5, "BBFP(6,5)": 1.2e-4},
-    "student-t3": {"BFP(4)": 9.4e-3, "BFP(6)": 6.4e-4, "BBFP(3,1)": 6.8e-3, "BBFP(4,2)": 1.7e-3, "BBFP(4,3)": 2.9e-3, "BBFP(6,3)": 1.6e-4, "BBFP(6,4)": 1.0e-4, "BBFP(6,5)": 1.8e-4},
-    "outliers": {"BFP(4)": 1.4e-2, "BFP(6)": 1.1e-3, "BBFP(3,1)": 8.1e-3, "BBFP(4,2)": 2.0e-3, "BBFP(4,3)": 4.9e-3, "BBFP(6,3)": 9.1e-5, "BBFP(6,4)": 1.2e-4, "BBFP(6,5)": 3.1e-4},
-}  # fmt: skip
+_NAMES = ("BFP(4)", "BFP(6)", "BBFP(3,1)", "BBFP(4,2)", "BBFP(4,3)", "BBFP(6,3)", "BBFP(6,4)", "BBFP(6,5)")
+_FIGURES = {
+    "normal": (4.4e-3, 2.7e-4, 6.9e-3, 1.7e-3, 1.4e-3, 1.7e-4, 1.1e-4, 8.4e-5),
+    "laplace": (6.4e-3, 4.0e-4, 6.6e-3, 1.6e-3, 1.9e-3, 1.7e-4, 9.8e-5, 1.2e-4),
+    "student-t3": (9.4e-3, 6.4e-4, 6.8e-3, 1.7e-3, 2.9e-3, 1.6e-4, 1.0e-4, 1.8e-4),
+    "outliers": (1.4e-2, 1.1e-3, 8.1e-3, 2.0e-3, 4.9e-3, 9.1e-5, 1.2e-4, 3.1e-4),
+}
+PUBLISHED = {kind: dict(zip(_NAMES, own, strict=True)) for kind, own in _FIGURES.items()}
 PUBLISHED_SWEEP = {"BBFP(4,2)": (1.4e-2, 6.6e-3, 2.0e-3, 9.9e-2, 3.8e-1), "BBFP(6,3)": (1.1e-3, 8.8e-4, 2.7e-4, 9.1e-5, 8.3e-2, 3.6e-1)}
 
 _INT = (
@@ -97,7 +99,7 @@ def matrix() -> list[Cell]:
     """The float model needs no cell: it is what all are compared with."""
     cells = [Cell("tiny-llama", label, recipe, own) for label, (recipe, own, _) in MODELS.items()]
     cells += [Cell("tiny-llama", label, "unit") for label in UNITS]
-    return sorted(cells, key=lambda c: "gptq" in c.label)  # the slow ones last
+    return sorted(cells, key=lambda c: c.label.endswith(("mse", "gptq")))  # the slow ones last
 
 
 # numbers ------------------------------------------------------------------------------------------------------------------------------------
@@ -235,9 +237,8 @@ def measure_unit(cell: Cell) -> dict[str, Any]:
     loaded = load_source(f"zoo:{cell.model}", registry.sources)
     adapter = adapter_for(loaded.model, registry.adapters)
     assert loaded.evaluation is not None
-    task = LanguageModeling(
-        cut(encode(loaded.tokenizer, loaded.evaluation.read_text(), str(loaded.evaluation)), cell.window)[: cell.windows], batch=4
-    )
+    text = encode(loaded.tokenizer, loaded.evaluation.read_text(), str(loaded.evaluation))
+    task = LanguageModeling(cut(text, cell.window)[: cell.windows], batch=4)
     exp, gate = ExponentTable("exp", element, t), ExponentTable("sigmoid", element, t)
 
     class Gate(torch.nn.Module):
@@ -272,8 +273,8 @@ def page(kept: dict[str, Any] | None, cells: Sequence[Cell]) -> str:
     lines = [
         "# Formats of accelerators: BFP, BBFP, GSE and a unit of tables",
         "",
-        "`python tools/bench/evidence_formats.py` made this page; the figures lie in [formats.json](formats.json), those of models in `cells/formats/`.",
-        "The formats: [qplug-hardware](../../packages/qplug-hardware/README.md).",
+        "`python tools/bench/evidence_formats.py` made this page; the figures lie in [formats.json](formats.json), those of models in",
+        "`cells/formats/`. The formats: [qplug-hardware](../../packages/qplug-hardware/README.md).",
         "",
         *FINDINGS,
     ]
@@ -295,8 +296,8 @@ def _error_tables(errors: dict[str, dict[str, list[float]]], sweep: dict[str, li
         "",
         f"Σ(x̂ - x)² / Σx² of {ROWS} × {COLUMNS} numbers, blocks of 32, means over seeds 0 … {SEEDS - 1}; the largest spread over seeds is "
         f"{100 * max(stdev(v) / mean(v) for own in errors.values() for v in own.values()):.1f} %.",
-        "In brackets what another throw-away program measured (the specification's own figures, not the paper's). Outliers: one value in a hundred is",
-        "twenty times as large. Compare rows of equal bits.",
+        "In brackets what an independent throw-away program had measured before this code was written; the paper prints no such table.",
+        "Outliers: one value in a hundred is twenty times as large. Compare rows of equal bits.",
         "",
         f"| format | bits a value | {' | '.join(PUBLISHED)} |",
         "|---|---|" + "---|" * len(PUBLISHED),
@@ -328,9 +329,9 @@ def _cost_tables(costs: dict[str, Any], overlap: dict[str, Any]) -> list[str]:
         "",
         "## The choice of the overlap",
         "",
-        "Cost is a proxy counted from bits and the widths of adders (`qplug_hardware.overlap`), in full adders for one multiply-accumulate: no area was",
-        f"measured. It cannot stand for one either: the paper reports 0.31 for the area of BBFP(3,1)'s processing element against BFP6's, and the proxy "
-        f"says {costs['BBFP(3,1)']['logic'] / costs['BFP(6)']['logic']:.2f}.",
+        "Cost is a proxy counted from bits and the widths of adders (`qplug_hardware.overlap`), in full adders for one multiply-accumulate: no",
+        "area was measured. It cannot stand for one either: the paper reports 0.31 for the area of BBFP(3,1)'s processing element against BFP6's,",
+        f"and the proxy says {costs['BBFP(3,1)']['logic'] / costs['BFP(6)']['logic']:.2f}.",
         "",
         "| format | bits a value | multiplier | shifter | adder | exponent | all |",
         "|---|---|---|---|---|---|---|",
@@ -362,19 +363,24 @@ def _model_tables(cells: Sequence[Cell]) -> list[str]:
         "",
         "## tiny-llama",
         "",
-        "Weights (all but embeddings and head) and the inputs of their layers, dynamically; nothing is searched unless said so. 16 windows of 256 tokens of",
-        "qzoo's own evaluation text, KL divergence to the float model ± standard error; each was saved, and measured after loading."
+        "Weights (all but embeddings and head) and the inputs of their layers, dynamically; nothing is searched unless said so. 16 windows of 256",
+        "tokens of qzoo's own evaluation text, KL divergence to the float model ± standard error; each was saved, and measured after loading."
         + ("" if some is None else f" Float perplexity: {some['scores']['perplexity_reference']:.3f}. Rounding draws nothing: seed 0."),
         "",
         "| what | bits of a weight, counted | KL | top-1 | perplexity |",
         "|---|---|---|---|---|",
     ]
-    for label, (_, _, what) in MODELS.items():
-        if label in found:
-            s = found[label]["scores"]
-            old = " (older code)" if label in stale else ""
-            figures = f"{found[label]['bits']:.3f} | {s['kl']:.5f} ± {s['kl_stderr']:.5f} | {100 * s['top1']:.1f} % | {s['perplexity']:.3f}"
-            lines.append(f"| {what}{old} | {figures} |")
+    rows = sorted((label for label in MODELS if label in found), key=lambda label: found[label]["bits"] // 1)
+    for label in rows:
+        s = found[label]["scores"]
+        what = MODELS[label][2] + (" (older code)" if label in stale else "")
+        figures = (
+            f"{found[label]['bits']:.3f}",
+            f"{s['kl']:.5f} ± {s['kl_standard_error']:.5f}",
+            f"{100 * s['top1']:.1f} %",
+            f"{s['perplexity']:.3f}",
+        )
+        lines.append(f"| {what} | {' | '.join(figures)} |")
     return lines
 
 
@@ -383,9 +389,9 @@ def _unit_tables(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "## The unit of tables",
         "",
-        "512 × 256 normal numbers in blocks of 32 whose size lies between 2^-4 and 2^3 (seed 0), in BBFP(10,5); entries of 16 bits, t bits of the mantissa",
-        "looked up. Errors are absolute, against float64 of what went in. An even table spans the range of these very numbers; “on chip” has as many",
-        "entries as the sub-tables that one block needs, “all” as many as all 64 together.",
+        "512 × 256 normal numbers in blocks of 32 whose size lies between 2^-4 and 2^3 (seed 0), in BBFP(10,5); entries of 16 bits, t bits of the",
+        "mantissa looked up. Errors are absolute, against float64 of what went in. An even table spans the range of these very numbers; “on chip”",
+        "has as many entries as the sub-tables that one block needs, “all” as many as all 64 together.",
         "",
         "| function | t | halves | bytes on chip | largest | mean | even, on chip: largest | mean | even, all: largest | mean |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -422,9 +428,8 @@ def _unit_tables(rows: list[dict[str, Any]]) -> list[str]:
                 s = found[label]["scores"]
                 more = 100 * (s["perplexity"] / s["perplexity_reference"] - 1)
                 kind = "BBFP(10,5)" if name == "bbfp" else "BFP(10)"
-                lines.append(
-                    f"| {kind} | {t} | {s['kl']:.1e} ± {s['kl_stderr']:.0e} | {100 * s['top1']:.2f} % | {s['perplexity']:.3f} | {more:+.3f} % |"
-                )
+                kl, top = f"{s['kl']:.1e} ± {s['kl_standard_error']:.0e}", f"{100 * s['top1']:.2f} %"
+                lines.append(f"| {kind} | {t} | {kl} | {top} | {s['perplexity']:.3f} | {more:+.3f} % |")
     return lines
 
 
