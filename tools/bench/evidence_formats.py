@@ -78,7 +78,21 @@ MODELS: dict[str, tuple[str, tuple[str, ...], str]] = {
 UNITS = {f"unit-{name}-t{t}": (name, t) for name in ("bbfp", "bfp") for t in (7, 8, 10)}
 
 # what the tables show, to be read again whenever the figures were computed anew
-FINDINGS: list[str] = []
+FINDINGS = [
+    "- The flag of BBFP(m, o) costs a bit, for which BFP(m + 1) would halve all of its steps. At 6.16 bits BFP(5) has 1.5 times less squared error",
+    "  than BBFP(4,2) on normal numbers, and as much on Laplace's; BBFP has 1.5 times less on Student's t, and 2.2 times less with outliers.",
+    "- On tiny-llama, weights and inputs, BFP has the smaller KL divergence at 5.16 bits, at 6.16 bits by about two standard errors; with weights",
+    "  alone it is a third smaller. So BBFP's gain over BFP of as many *mantissa* bits is real, and is no gain at equal size on this model.",
+    "  The paper compares by mantissa bits and by area, on models with large outliers; no such model was there to try.",
+    "- Integers of 6 bits in groups of 64 with float scales (6.25 bits) have a smaller KL divergence than both where inputs have groups too, and a",
+    "  larger one where inputs have one scale for each token, as such recipes usually have.",
+    "- The shared exponent m - o below the largest is the best one; one further down costs 50 to 900 times the error, for the largest saturate.",
+    "  Promoting what rounds past the low window has never more error than clipping it; in KL divergence that is a hundredth, within the noise.",
+    "- The squared errors agree within 5 % with those that an independent program had measured.",
+    "- A segmented table has 4 to 15 times less mean error than an even one of the bytes on chip. Its largest error is larger than that of the even",
+    "  table where halves are signs, and smaller where they are windows, which need half the bytes. An even table of the size of *all* sub-tables",
+    "  has less error than either, but for the reciprocal.",
+]
 
 
 @dataclass(frozen=True)
