@@ -310,7 +310,7 @@ def _error_tables(errors: dict[str, dict[str, list[float]]], sweep: dict[str, li
         "",
         f"Σ(x̂ - x)² / Σx² of {ROWS} × {COLUMNS} numbers, blocks of 32, means over seeds 0 … {SEEDS - 1}; the largest spread over seeds is "
         f"{100 * max(stdev(v) / mean(v) for own in errors.values() for v in own.values()):.1f} %.",
-        "In brackets what an independent throw-away program had measured before this code was written; the paper prints no such table.",
+        "In brackets what an independent throw-away program had measured before this code was written; they are not the paper's.",
         "Outliers: one value in a hundred is twenty times as large. Compare rows of equal bits.",
         "",
         f"| format | bits a value | {' | '.join(PUBLISHED)} |",
