@@ -92,6 +92,7 @@ FINDINGS = [
     "- A segmented table has 4 to 15 times less mean error than an even one of the bytes on chip. Its largest error is larger than that of the even",
     "  table where halves are signs, and smaller where they are windows, which need half the bytes. An even table of the size of *all* sub-tables",
     "  has less error than either, but for the reciprocal.",
+    "- With every softmax and SiLU of tiny-llama out of tables of 8 bits the perplexity rises by 0.005 % in BBFP(10,5) and by 0.014 % in BFP(10).",
 ]
 
 
