@@ -146,7 +146,8 @@ def page(cells: Sequence[Cell]) -> str:
         rows = [*([("w2-gptq", "of `tools/bench/evidence.py`", gptq)] if gptq else []), *large]
         lines += ["## smollm2-135m, 2 bits", "", *_table(rows, gptq), ""]
         lines += [
-            f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1. SignRound on this model, at 4, 3 and",
+            f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1. "
+            "SignRound on this model, at 4, 3 and",
             "2 bits and beside AutoRound: [other toolkits](peers.md).",
             "",
         ]

@@ -61,6 +61,11 @@ def with_budget(recipe: str, own: "Registry", overrides: tuple[str, ...], bits: 
     return (*overrides, f"allocator.bits={bits}")
 
 
+def with_selector(select: str | None, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The overrides with a selector of calibration text before them, so that they can set its options."""
+    return overrides if select is None else (f"calibration.select.name={select}", *overrides)
+
+
 def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedModel, ModelAdapter]":
     """The model behind an address, and the adapter that understands it."""
     from qcore.model import adapter_for, load_source

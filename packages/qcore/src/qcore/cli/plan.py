@@ -15,11 +15,13 @@ from qcore.cli._options import (
     ModelArg,
     ParallelOption,
     RecipeOption,
+    SelectOption,
     SetOption,
     StreamOption,
     open_model,
     registry,
     with_budget,
+    with_selector,
 )
 
 
@@ -30,6 +32,7 @@ def plan(
     evaluation: EvalOption = None,
     setting: SetOption = None,
     bits: BitsOption = None,
+    select: SelectOption = None,
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
@@ -52,7 +55,8 @@ def plan(
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
-    wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
+    overrides = with_selector(select, tuple(setting or ()))
+    wanted = load_recipe(recipe, own, with_budget(recipe, own, overrides, bits))
     loaded, chosen = open_model(model, own, adapter)
     text = choose_data(loaded, calib, evaluation)
     made = make_plan(

@@ -31,6 +31,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     with_budget,
+    with_selector,
 )
 
 
@@ -90,8 +91,7 @@ def quantize(
             return
         meter = MemoryMeter()
         own = registry()
-        overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
-        overrides = with_budget(recipe, own, overrides, bits)
+        overrides = with_budget(recipe, own, with_selector(select, tuple(setting or ())), bits)
         wanted = load_recipe(recipe, own, overrides)
         started = time.perf_counter()
         with meter.during("load"):

@@ -25,6 +25,7 @@ from qcore.numbers.granularity import Shape
 from qcore.ops.conv import ConvJob
 from qcore.ops.kernel import Choice, Job, choose
 from qcore.packing import first_that_accepts
+from qcore.plan.left import left_at_run_time
 from qcore.plan.plan import Decision, Plan, TransformUse
 from qcore.plan.sizes import context_length, experts_per_token, matrix_shape, packed_bytes
 from qcore.plugins import Registry
@@ -445,13 +446,27 @@ class _Planner:
             if spec is None or p
         ]
         verdicts = tuple(judge(weights, config) for judge in ENGINES.values())
+        own: list[str] = []
         if inside := [s for s in self.topology.activations if s in self.specs]:
             # a policy of a cache, or a tensor inside a module: no other program's format has a word for it
-            why = f"{_names(map(str, inside))}: {self.specs[inside[0]]} inside the model is run by qcore alone, or after `import qcore.hf`"
-            verdicts = tuple(replace(v, reasons=(*v.reasons, why), parallel={}) for v in verdicts)
+            own.append(f"{_names(map(str, inside))}: {self.specs[inside[0]]} inside the model is")
+        if others := [
+            s for s in self.sites if s in self.specs and (s.tensor != "weight" or hasattr(self.model.get_submodule(s.module), "kernel_size"))
+        ]:
+            # experts of a fused stack, routers, convolutions: compressed-tensors knows linear layers
+            own.append(f"{_names(map(str, others))}: what is no linear layer's weight is")
+        for t in self.recipe.transforms:
+            if left := left_at_run_time(t, self.topology, self.specs, self.model, self.loaded.reader):
+                own.append(f"transform {t.name!r} leaves {left} in the model, which are")
+        if own:
+            reasons = [f"{what} run by qcore alone, or after `import qcore.hf`" for what in own]
+            verdicts = tuple(replace(v, reasons=(*v.reasons, *reasons), parallel={}) for v in verdicts)
+        elif self.recipe.allocator is not None:
+            note = f"allocator {self.recipe.allocator.name!r} may choose what this program cannot load"
+            verdicts = tuple(replace(v, notes=(*v.notes, note)) for v in verdicts)
         if self.engine is not None:
-            own = verdicts[list(ENGINES).index(self.engine)]
-            self.problems += [f"{own.engine}: {problem}" for problem in own.problems(self.tensor_parallel)]
+            asked = verdicts[list(ENGINES).index(self.engine)]
+            self.problems += [f"{asked.engine}: {problem}" for problem in asked.problems(self.tensor_parallel)]
         return verdicts
 
     def _share(self, decision: Decision) -> float:
