@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def test_the_page_on_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QCORE_FRESH_PROOF", "0")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced as ever, but without minutes of g++
     names: dict[str, object] = {"__name__": "serving"}
     seen = set()
     for language, block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
@@ -29,6 +31,7 @@ def test_the_page_on_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert seen == {"quantize", "explain", "bench", "eval", "plan", "verify"}
     # what the page says of them: one model under two loaders, and a cache that is smaller than floats
     assert torch.equal(names["tokens"], names["same"])  # type: ignore[arg-type]
+    assert torch.equal(names["fast"], names["same"])  # type: ignore[arg-type]
     written = names["written"]
     layers, heads, size, tokens = 4, 2, 64, written.past_key_values.get_seq_length()  # type: ignore[attr-defined]
     assert 0 < names["cache_bytes"](written.past_key_values) < layers * 2 * heads * size * tokens * 2 / 3  # type: ignore[operator, attr-defined]

@@ -89,7 +89,7 @@ def build() -> typer.Typer:
     return app
 
 
-_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
+OWN_COMMANDS = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app = build()
-        if not args or args[0] not in _OWN:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs
+        if not args or args[0] not in OWN_COMMANDS:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs
             _mount_plugins(app)
         app(args=args, prog_name="qcore")
     except SystemExit as e:

@@ -43,7 +43,8 @@ def compare(
         raise SpecError(f"compare wants at least two models, got {models[0]!r} alone; for one model: qcore eval {models[0]}")
     if plot is not None:
         check_plot(plot)
-    rows = run_compare(models, registry(), text, eval_tokens, window, adapter, attribute_tokens=attribute_tokens if attribute else None)
+    wish = "--plot" if plot is not None else "--attribute" if attribute else ""
+    rows = run_compare(models, registry(), text, eval_tokens, window, adapter, attribute_tokens=attribute_tokens if attribute else None, by_kl=wish)
     if plot is not None:
         draw(rows, plot)
     if as_json:
@@ -77,11 +78,13 @@ def run_compare(
     adapter: str | None,
     kernel: str | None = None,
     attribute_tokens: int | None = None,
+    by_kl: str = "",
 ) -> "list[Row]":
     """Open each model in its turn and measure it against the first.
 
     kernel:           of the last one, if it is a checkpoint: which kernel goes first
     attribute_tokens: attribute the loss of every checkpoint to its modules, on so many tokens; None = do not
+    by_kl:            the option, if any, that wants KL divergence of a task; a SpecError says that it measures none
     """
     from qcore.calibration.text import TextFile
     from qcore.cli._models import is_checkpoint, open_any, with_recorded_data
@@ -108,6 +111,8 @@ def run_compare(
             raise CalibrationError(f"{uris[0]} brings no evaluation text; pass one with --eval text.txt")
         length = window_length(window, first.model)
         task = LanguageModeling(evaluation_windows(TextFile(path), first.tokenizer, eval_tokens, length))
+    if by_kl and "kl" not in task.better:
+        raise SpecError(f"{by_kl} goes by KL divergence, and the task {task.name!r} of {uris[0]} gives {', '.join(task.better)}; leave {by_kl} out")
     del first
 
     def candidate(index: int) -> Any:
