@@ -224,7 +224,8 @@ def write(cells: Path) -> None:
         "[state-space models](ssm.md), [mixtures of experts](moe.md), [convolutional networks](cnn.md), "
         "[re-parameterised networks](reparam.md), [kernels](kernels.md), "
         "[selection of samples](selection.md), [solvers and mixed precision](solvers.md), "
-        "[quantized activations and caches](w4a4.md), [prefetching for sparse NPUs](nvr.md), [other toolkits](peers.md).",
+        "[quantized activations and caches](w4a4.md), [formats of accelerators](formats.md), "
+        "[prefetching for sparse NPUs](nvr.md), [other toolkits](peers.md).",
         "",
         "![KL divergence against size](quality.svg)",
         "",
