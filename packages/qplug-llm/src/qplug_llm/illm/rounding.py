@@ -1,7 +1,7 @@
 """Rounding of integers, in one place: most defects found in third-party integer models are of rounding, of negative operands, or of lost bits.
 
-Everything takes and gives int64 tensors, elementwise and broadcasting, and is exact: no operation here passes through a float, so what is computed for
-a row does not depend on its neighbours, on the number of threads, or on the machine.  One rule serves everywhere: to nearest, halves away from zero.
+Everything takes and gives int64 tensors, elementwise and broadcasting, and is exact: no operation here passes through a float, so what is computed
+for a row does not depend on its neighbours, on the number of threads, or on the machine.  One rule everywhere: to nearest, halves away from zero.
 
 Domain: |a| < 2^63 (the one integer without a negative, -2^63, is left out).
 """
