@@ -4,8 +4,8 @@
     python tools/bench/illm.py 4 fsbr --steps 40 --windows 16 --seed 0
 
 easing: none · smooth (smoothquant, and scales through SwiGLU) · fsbr (recipe illm-w8a8: learned scales and clipping, and scales through SwiGLU)
-Calibrated on the model's calibration text, 32 sequences of 256 tokens; measured on windows of 256 tokens.  On one busy core about a minute for 16 windows,
-and a second for each step of learning.
+Calibrated on the model's calibration text, 32 sequences of 256 tokens; measured on windows of 256 tokens.  One core takes about a minute for 16
+windows, and a second for each step of learning.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of learning, all blocks together")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--paper", action="store_true", help="also with the paper's widths between the operators")
     a = parser.parse_args()
     started = time.perf_counter()
     registry = load_registry()
@@ -60,7 +61,8 @@ def main() -> None:
         scores = {"float": measure(forward, text)}
         q = quantize_model(loaded, recipe, to_batches(windows, 8), registry=registry, adapter=adapter)
         scores["fake-quantized"] = measure(lambda ids: adapter.outputs(q.model, ids), text)
-        for label, widths in (("integer", Widths()), ("integer, PAPER", PAPER)):
+        chosen = {"integer": Widths()} | ({"integer, PAPER": PAPER} if a.paper else {})
+        for label, widths in chosen.items():
             program = lower(q, widths)
             scores[label] = measure(lambda ids, program=program: program(ids).dequantize(), text)
     ratios = " · ".join(f"{label} {value:.3f} (×{value / scores['float']:.4f})" for label, value in scores.items())

@@ -47,7 +47,7 @@ def test_requantized_rows_are_within_one_and_a_bit_of_their_steps():
     x = normal(200, 64)
     q = coded(x)
     steps = torch.ldexp(q.m.double(), -q.k.double())
-    assert float(((q.dequantize() - x) / steps).abs().max()) <= 1.5  # half of the code, half of the zero point, 0.2 % of 255 of the scale
+    assert float(((q.dequantize() - x) / steps).abs().max()) <= 1.5  # half of the code, up to 0.39 % of 255 of the scale
     assert int(q.codes.min()) == 0 and int(q.codes.max()) == 255 and bool(((q.zp >= 0) & (q.zp <= 255)).all())
 
 
@@ -105,16 +105,29 @@ def test_a_constant_saturates_instead_of_overflowing():
 
 
 def test_products_are_within_the_measured_bound_of_output_steps():
-    worst = []
+    worst: dict[str, list[float]] = {"paper": [], "one-rounding": []}
     for seed in range(500):
         x, w = coded(normal(1, 256, seed=seed)), coded(normal(64, 256, seed=1000 + seed))
         one = Dyadic(w.codes, w.m[:1].expand(64, 1), w.k[:1].expand(64, 1), w.zp, 8)  # the paper's case: one scale for the second operand
-        y = di_matmul(x, one, 8)
         exact = x.dequantize() @ one.dequantize().T
-        worst.append(float(((y.dequantize() - exact) / torch.ldexp(y.m.double(), -y.k.double())).abs().max()))
+        for form, found in worst.items():
+            y = di_matmul(x, one, 8, form)
+            found.append(float(((y.dequantize() - exact) / torch.ldexp(y.m.double(), -y.k.double())).abs().max()))
     # half a step of the code, half of the zero point, and up to 0.39 % of the scale: 2 at the very most.  Measured over other draws: 1.29; here: 1.31
-    assert max(worst) <= 1.35
-    assert 0.6 <= sum(worst) / 500 <= 1.0  # measured there: 0.80
+    assert max(worst["paper"]) <= 1.35
+    assert 0.7 <= sum(worst["paper"]) / 500 <= 0.9  # measured there: 0.80
+    assert sum(worst["one-rounding"]) < 0.9 * sum(worst["paper"])
+
+
+def test_two_roundings_move_a_whole_row():
+    q = wide_of(normal(300, 64))
+    exact = q.dequantize()
+
+    def bias(form: str) -> float:
+        y = requantize(q, 4, form)
+        return float(((y.dequantize() - exact) / torch.ldexp(y.m.double(), -y.k.double())).mean(-1).abs().mean())
+
+    assert bias("paper") > 3 * bias("one-rounding")
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

@@ -6,6 +6,7 @@ Everything is done for each token by itself, attention for each query over its v
 whatever else is in the batch, prefilled or step by step.  Speed is no goal: products run as torch's plain integer matrix products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -73,8 +74,14 @@ class IntegerCache:
 def _after(past: Dyadic | None, new: Dyadic) -> Dyadic:
     if past is None:
         return new
-    pairs = ((past.codes, new.codes), (past.m, new.m), (past.k, new.k), (past.zp, new.zp))
-    return Dyadic(*(torch.cat(pair, -2) for pair in pairs), new.bits)  # type: ignore[arg-type]
+    old, own = ((d.codes, d.m, d.k, d.zp) for d in (past, new))
+    codes, m, k, zp = (torch.cat(pair, -2) for pair in zip(old, own, strict=True))
+    return Dyadic(codes, m, k, zp, new.bits)
+
+
+def _each(x: Dyadic, view: Callable[[Tensor], Tensor]) -> Dyadic:
+    """The same view of codes and scales."""
+    return Dyadic(view(x.codes), view(x.m), view(x.k), view(x.zp), x.bits)
 
 
 class IntegerLinear(nn.Module):
@@ -135,7 +142,7 @@ class IntegerAttention(nn.Module):
         q = self._rotated(self.q(x), h, cos, sin, w.queries)  # [B, H, T, D]
         k = self._stored(past and past[0], self._rotated(self.k(x), kv, cos, sin, w.cache))
         v = self._stored(past and past[1], _by_head(requantize(_split(self.v(x), kv), w.cache)))
-        grouped = Dyadic(*(t.unflatten(1, (kv, h // kv)) for t in (q.codes, q.m, q.k, q.zp)), q.bits)  # type: ignore[arg-type]
+        grouped = _each(q, lambda t: t.unflatten(1, (kv, h // kv)))
         scores = product(grouped, _one_more(k))  # [B, KV, G, T, S]
         scores = Wide(torch.where(mask, scores.x, 0), scores.m * self.scaling[0], scores.k + self.scaling[1])
         p = di_clipped_softmax(aligned(scores, _SCORE_BITS), mask, (w.clip, 0), w.scores, w.probabilities, w.exp)
@@ -159,12 +166,12 @@ def _split(x: Wide, heads: int) -> Wide:
 
 def _by_head(x: Dyadic) -> Dyadic:
     """[B, T, H, D] → [B, H, T, D]"""
-    return Dyadic(*(t.transpose(1, 2) for t in (x.codes, x.m, x.k, x.zp)), x.bits)  # type: ignore[arg-type]
+    return _each(x, lambda t: t.transpose(1, 2))
 
 
 def _one_more(x: Dyadic) -> Dyadic:
     """[B, KV, S, D] → [B, KV, 1, S, D]"""
-    return Dyadic(*(t.unsqueeze(2) for t in (x.codes, x.m, x.k, x.zp)), x.bits)  # type: ignore[arg-type]
+    return _each(x, lambda t: t.unsqueeze(2))
 
 
 def _join(y: Wide) -> Wide:

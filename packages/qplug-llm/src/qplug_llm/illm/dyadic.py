@@ -10,6 +10,7 @@ Source: I-LLM, https://arxiv.org/abs/2405.17849, section 3.3.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from qcore.errors import SpecError
@@ -98,18 +99,26 @@ def step(delta: Tensor, m: Tensor, k: Tensor, levels: int) -> tuple[Tensor, Tens
     return torch.where(full, 128, m_new), k + shift - full.long()
 
 
-def requantize(wide: Wide, bits: int) -> Dyadic:
+def requantize(wide: Wide, bits: int, form: Literal["one-rounding", "paper"] = "one-rounding") -> Dyadic:
     """Codes 0 … 2^bits - 1 for each row, by its own minimum and maximum: equations 4 to 8.  m, k: [..., R, 1]; bits ≤ 16
 
     The range always holds zero.  The paper takes minimum and maximum as they are: a row of 1000 … 1001 then has a zero point of -255,000, 255·127·K
     is no bound of the next product any more, and a constant row divides by zero.  So the only row without a range is that of zeros: codes 0, zp 0.
+
+    form: "one-rounding": code = round(x·Q/Δ) + zp, so zero is exact and every value is within half a step.
+          "paper": code = round((x - min)·Q/Δ) beside zp = round(-min·Q/Δ): what the two roundings differ by, up to half a step, is added to all of a
+          row, and the next product multiplies it with the sum of a weight's row.  Eight bits hide it, four do not
     """
     wide = limited(wide)
     levels = 2**bits - 1
     low, high = wide.x.amin(-1, keepdim=True).clamp(max=0), wide.x.amax(-1, keepdim=True).clamp(min=0)
     delta = torch.where(high > low, high - low, 1)
     m, k = step(delta, wide.m, wide.k, levels)
-    codes, zp = divide_half_away((wide.x - low) * levels, delta), divide_half_away(-low * levels, delta)
+    zp = divide_half_away(-low * levels, delta)
+    if form == "paper":
+        return Dyadic(divide_half_away((wide.x - low) * levels, delta), m, k, zp, bits)
+    # a tie at both ends could make the last code one too many
+    codes = (divide_half_away(wide.x * levels, delta) + zp).clamp(max=levels)
     return Dyadic(codes, m, k, zp, bits)
 
 

@@ -70,16 +70,17 @@ class ILLM(Lowering):
             attention = IntegerAttention({k: linears[f"{at}.self_attn.{n}"] for k, n in PROJECTIONS.items()}, shape.heads, (m, e), w)
             act: Any = block.get_submodule("mlp.act_fn")
             smooth = constant(act.s.double(), _GAIN_BITS) if isinstance(act, SplitSiLU) else None
-            mlp = IntegerMLP(*(linears[f"{at}.mlp.{n}_proj"] for n in ("gate", "up", "down")), smooth, w)
+            gate, up, down = (linears[f"{at}.mlp.{n}_proj"] for n in ("gate", "up", "down"))
+            mlp = IntegerMLP(gate, up, down, smooth, w)
             norms = [self._norm(block.get_submodule(n), f"{at}.{n}") for n in ("input_layernorm", "post_attention_layernorm")]
             blocks.append(IntegerBlock(norms[0], attention, norms[1], mlp, w))
         outer = [IntegerLinear(dyadic_weight(self._outside(model.get_submodule(p)), p), w.outside) for p in ("model.embed_tokens", "lm_head")]
-        positions = self.positions or int(getattr(model.config, "max_position_embeddings", 2048))  # type: ignore[union-attr,arg-type]
+        positions = self.positions or int(getattr(model.config, "max_position_embeddings", 2048))
         tables = [_int16(t) for t in rotary_tables(model, positions)]
         return IntegerDecoder(outer[0], blocks, self._norm(model.get_submodule("model.norm"), "model.norm"), outer[1], *tables).eval()
 
     def _norm(self, norm: nn.Module, where: str) -> IntegerNorm:
-        eps, gain = eps_of(norm), norm.weight.detach().double()  # type: ignore[union-attr,operator]
+        eps, gain = eps_of(norm), norm.get_parameter("weight").detach().double()
         if not self.widths.epsilon or eps == 0:
             return IntegerNorm(constant(gain, _GAIN_BITS), None)
         m, k = dyadic_scale(torch.tensor([eps]).bfloat16(), where)
@@ -88,7 +89,7 @@ class ILLM(Lowering):
     def _outside(self, module: nn.Module) -> QTensor:
         if isinstance(module, StoredWeight):
             return module.qtensor()
-        return quantize(module.weight.detach().float(), int_weight(self.widths.outside, scale="bfloat16"))  # type: ignore[union-attr,operator]
+        return quantize(module.get_parameter("weight").detach().float(), int_weight(self.widths.outside, scale="bfloat16"))
 
 
 def lower(model: Any, widths: Widths | None = None, positions: int | None = None) -> IntegerDecoder:

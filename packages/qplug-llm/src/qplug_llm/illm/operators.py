@@ -35,9 +35,9 @@ def product(x: Dyadic, w: Dyadic) -> Wide:
     return Wide(p.long(), x.m * w.m.mT, x.k + w.k.mT)
 
 
-def di_matmul(x: Dyadic, w: Dyadic, bits: int) -> Dyadic:
+def di_matmul(x: Dyadic, w: Dyadic, bits: int, form: Literal["one-rounding", "paper"] = "one-rounding") -> Dyadic:
     """DI-MatMul, equations 2 to 8: the product, requantized to `bits` by the range of each of its rows."""
-    return requantize(aligned(product(x, w)), bits)
+    return requantize(aligned(product(x, w)), bits, form)
 
 
 def mix(p: Dyadic, v: Dyadic) -> Wide:

@@ -89,7 +89,8 @@ def differs(model: nn.Module) -> str | None:
         return f"no small twin of {type(model).__name__} could be made to check what it computes ({type(e).__name__}: {e})"
     if wrong := foreign(small):
         return f"a small twin of {type(model).__name__} is built otherwise: {wrong[0]}"
-    ids = torch.randint(0, small.get_submodule("model.embed_tokens").weight.shape[0], (2, 7), generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr,arg-type]
+    vocabulary = small.get_parameter("model.embed_tokens.weight").shape[0]
+    ids = torch.randint(0, vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own = small(input_ids=ids, use_cache=False).logits.double()
         read = logits(small, ids)
