@@ -12,6 +12,7 @@ from qcore.plugins import load_registry
 from qcore.testing import check_module
 from qcore.transforms import SmoothQuant
 from qcore.transforms.apply import apply_rewrite
+from qcore.transforms.learn_static import LearnStatic
 from qplug_llm.illm import ILLM, PAPER, lower
 from qplug_llm.illm.reading import differs, foreign, logits
 from qplug_llm.illm.swiglu_smooth import SplitSiLU, SwiGLUSmooth, is_silu, split_swiglu
@@ -142,6 +143,17 @@ def test_a_lowered_model_with_all_scales_is_near_to_the_float_one(build, model, 
     with torch.no_grad():
         exact = model(input_ids=ids).logits.double()
     assert float((lower(run)(ids).dequantize() - exact).square().mean() / exact.square().mean()) < 0.02
+
+
+def test_learned_scales_and_clipping_are_lowered(build, model, ids):
+    learned = LearnStatic(ranges=False, target="block", steps=4, batch=2, length=20, held_out=2)
+    run = build.quantized(model, build.recipe(transforms=(learned, SwiGLUSmooth())), BATCHES)
+    assert any("learned 4 steps block by block" in note for note in run.notes)
+    program = lower(run)
+    with torch.no_grad():
+        exact = model(input_ids=ids).logits.double()
+    assert all(block.mlp.smooth is not None for block in program.blocks)
+    assert float((program(ids).dequantize() - exact).square().mean() / exact.square().mean()) < 0.02
 
 
 def test_split_silu_is_a_module_of_checkpoints():
