@@ -56,7 +56,7 @@ CACHE = {
 }
 SCAN = {"u": floats(1, 3, 4), "delta": floats(1, 3, 4), "A": -floats(4, 2), "B": floats(1, 3, 2), "C": floats(1, 3, 2), "start": floats(1, 4, 2)}
 FP4 = {"packed": codes(16, 32, dtype=torch.uint8), "scale": codes(16, 2, dtype=torch.uint8)}
-GROUPED = {"ends": torch.tensor([1, 3], dtype=torch.int32), "scale": floats(2, 16, 2)}
+GROUPED = {"ends": torch.tensor([1, 3], dtype=torch.int32), "scale": floats(2, 16, 2), "shift": floats(2, 16, 2)}
 CONV = {"x_scale": 0.1, "x_zero": 3, "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 INT8 = {"x": codes(2, 8), "w": codes(4, 8), "x_scale": floats(2, 1), "w_scale": floats(4)}
 

@@ -136,15 +136,20 @@ def test_words_bit_for_bit(rand, bits):
     assert torch.equal(values, int_pack.dequantize(words, scale, bits=bits, count=96))
 
 
-@pytest.mark.parametrize("counts", [[1, 0, 3], [0, 0, 5], [70, 1, 0]])
-def test_grouped_linear(rand, counts):
-    codes, words, scale = a_weight(rand, 4, len(counts), 20, 64, group=32)
-    x = rand(sum(counts), 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("counts", [[1, 0, 3], [0, 0, 5], [70, 1, 0], [0, 0, 0]])
+def test_grouped_linear(rand, counts, bits, shifted):
+    codes, words, scale = a_weight(rand, bits, len(counts), 20, 64, group=32)
+    shift = rand(len(counts), 20, 2) * 0.1 if shifted else None
+    # two rows of no expert at the end
+    x = rand(sum(counts) + 2, 64, dtype=torch.bfloat16)
     ends = torch.tensor(counts, dtype=torch.int32, device=DEVICE).cumsum(0).to(torch.int32)
-    y = grouped_gpu.grouped_linear(x, ends, words, scale, bits=4)
-    want = grouped_linear.reference.grouped_linear(x, ends, codes, scale)
-    w = torch.stack([weight_linear.reference.dequantize(c, s) for c, s in zip(codes, scale, strict=True)]).abs().amax(0)
-    close(y, want, x, w, torch.bfloat16)
+    y = grouped_gpu.grouped_linear(x, ends, words, scale, shift, bits=bits)
+    want = grouped_linear.reference.grouped_linear(x, ends, codes, scale, shift)
+    assert not y[-2:].any() and not want[-2:].any()
+    dequantized = [weight_linear.reference.dequantize(codes[e], scale[e], None if shift is None else shift[e]) for e in range(len(counts))]
+    close(y, want, x, torch.stack(dequantized).abs().amax(0), torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

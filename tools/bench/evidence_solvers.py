@@ -86,12 +86,8 @@ def matrix() -> list[Cell]:
     for label, (recipe, extra, _) in NEIGHBOURS.items():
         cells.append(Cell("tiny-llama", f"neighbours-{label}", recipe, extra, **tiny))  # type: ignore[arg-type]
     cells += [Cell("smollm2-135m", f"neighbours-{label}", NEIGHBOURS[label][0], NEIGHBOURS[label][1]) for label in _ON_SMOLLM2]
-    cells += [
-        Cell("smollm2-135m", "solvers-w2-gptq", "w2a16-gptq"),
-        Cell("smollm2-135m", "solvers-w2-gptvq-2d", "w2a16-gptvq"),
-        Cell("smollm2-135m", "solvers-w2-signround", "w2a16-signround"),
-    ]
-    return cells
+    # GPTQ beside it is evidence.py's cell, SignRound is among the other toolkits (peers/compare.py)
+    return [*cells, Cell("smollm2-135m", "solvers-w2-gptvq-2d", "w2a16-gptvq")]
 
 
 def page(cells: Sequence[Cell]) -> str:
@@ -146,8 +142,14 @@ def page(cells: Sequence[Cell]) -> str:
         if model == "smollm2-135m" and label.startswith("solvers") and own
     ]
     if large:
-        lines += ["## smollm2-135m, 2 bits", "", *_table(large, there[("smollm2-135m", "solvers-w2-gptq")]), ""]
-        lines += [f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1.", ""]
+        gptq = [json.loads(f.read_text()) for f in (evidence.CELLS / "smollm2-135m").glob("w2-gptq-seed0.json")]
+        rows = [*([("w2-gptq", "of `tools/bench/evidence.py`", gptq)] if gptq else []), *large]
+        lines += ["## smollm2-135m, 2 bits", "", *_table(rows, gptq), ""]
+        lines += [
+            f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1. SignRound on this model, at 4, 3 and",
+            "2 bits and beside AutoRound: [other toolkits](peers.md).",
+            "",
+        ]
     reading = Path(__file__).with_name("solvers_reading.md")
     if reading.exists():
         lines += [reading.read_text(encoding="utf-8").strip(), ""]

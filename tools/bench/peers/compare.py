@@ -60,6 +60,7 @@ METHODS = {
     "float": Method("float", OWN, "the float32 weights that all are given: a check of the harness", ((0,), (), ())),
     "qcore-gptq": Method("qcore-gptq", OWN, "qcore, recipe `w4a16-gptq`"),
     "qcore-gptq-16": Method("qcore-gptq", OWN, "qcore, recipe `w4a16-gptq`", ((16,), (16,), (16,))),
+    "qcore-signround": Method("qcore-signround", OWN, "qcore, recipe `w4a16-signround`"),
     "hqq": Method("hqq", THREE, "HQQ (asymmetric, 16-bit zero points; no data)"),
     "torchao": Method("torchao", THREE, "torchao intx (no data)"),
     "torchao-hqq": Method("torchao-hqq", THREE, "torchao intx with HQQ's scales (no data)"),
@@ -69,7 +70,7 @@ METHODS = {
     "autoround-optrtn": Method("autoround-optrtn", THREE, "AutoRound, opt-RTN", ((64,), (), ())),
     "llmc-gptq": Method("llmc-gptq", "llm-compressor", "llm-compressor, GPTQ", ((64,), (16,), (16,))),
     "gptqmodel": Method("gptqmodel", "gptqmodel", "gptqmodel, GPTQ", ((64,), (16,), (16,))),
-    "autoround-50": Method("autoround", THREE, "AutoRound, 50 iterations", ((64,), (), ()), ("iters=50",)),
+    "autoround-50": Method("autoround", THREE, "AutoRound, 50 iterations", opts=("iters=50",)),
 }
 EXTRA = {"gptqmodel": {"GPTQMODEL_CPU_WORKERS": "2"}}  # it refuses to start on one or two cores without
 

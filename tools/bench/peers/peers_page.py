@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,18 @@ def _picture(there: Mapping[Any, Mapping[str, Any]]) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2))
     for axis, bits in zip(axes, (4, 3, 2), strict=True):
-        for cell, kept in there.items():
-            if cell.bits != bits or "cpu_seconds" not in kept["run"] or "scores" not in kept:
-                continue
-            at = max(kept["run"]["cpu_seconds"], 1.0), kept["scores"]["kl"]
-            own = cell.peer.startswith("qcore")
-            axis.plot(*at, "o", color="tab:red" if own else "tab:gray")
-            axis.annotate(cell.method, at, textcoords="offset points", xytext=(5, 3), fontsize=7, color="tab:red" if own else "black")
+        found = [(c, k) for c, k in there.items() if c.bits == bits and "cpu_seconds" in k["run"] and "scores" in k]
+        points = sorted((log10(k["scores"]["kl"]), log10(max(k["run"]["cpu_seconds"], 1.0)), c.method, c.peer.startswith("qcore")) for c, k in found)
+        high = points[-1][0] - points[0][0]
+        below = -1.0  # where the last name was written, as a share of the height: names do not cover one another
+        for y, x, name, own in points:
+            share = (y - points[0][0]) / high
+            below = max(share, below + 0.04)
+            axis.plot(10**x, 10**y, "o", color="tab:red" if own else "tab:gray")
+            at = 10**x, 10 ** (points[0][0] + below * high)
+            axis.annotate(name, at, textcoords="offset points", xytext=(6, -2), fontsize=7, color="tab:red" if own else "black")
         axis.set(title=f"{bits} bits, groups of 64", xlabel="processor seconds, one thread", xscale="log", yscale="log")
-        axis.margins(x=0.25, y=0.12)
+        axis.margins(x=0.3, y=0.12)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL divergence to the float model")
     figure.tight_layout()

@@ -12,8 +12,8 @@ from qkernels._tiles import default, of_rows
 
 @triton.jit
 def grouped_linear_kernel(
-    x_ptr, ends_ptr, tiles_ptr, words_ptr, scale_ptr, y_ptr, E, N, K, stride_words, groups,
-    GROUP: tl.constexpr, BITS: tl.constexpr, EXPERTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, ends_ptr, tiles_ptr, words_ptr, scale_ptr, shift_ptr, y_ptr, E, N, K, stride_words, groups,
+    GROUP: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr, EXPERTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = 32 // BITS
     tile = tl.program_id(0)
@@ -24,30 +24,41 @@ def grouped_linear_kernel(
     if expert < E:
         first_tile = tl.load(tiles_ptr + expert - 1, mask=expert > 0, other=0)
         first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends_ptr + expert)
-        rt = first_row + (tile - first_tile) * BT + tl.arange(0, BT)
+        row = first_row + (tile - first_tile) * BT
+        left = tl.load(ends_ptr + expert) - row
+        # what a whole array may hold more than 2^31 of is counted from a start of 64 bits
+        x_at = x_ptr + row.to(tl.int64) * K
+        y_at = y_ptr + row.to(tl.int64) * N
+        words_at = words_ptr + expert.to(tl.int64) * N * stride_words
+        scale_at = scale_ptr + expert.to(tl.int64) * N * groups
+        shift_at = shift_ptr + expert.to(tl.int64) * N * groups
+        rt = tl.arange(0, BT)
         rn = tl.program_id(1) * BN + tl.arange(0, BN)
         rk = tl.arange(0, BK)
         bits = (rk % PER) * BITS
-        words_at = words_ptr + expert.to(tl.int64) * N * stride_words
-        scale_at = scale_ptr + expert.to(tl.int64) * N * groups
         acc = tl.zeros((BT, BN), dtype=tl.float32)
         for k in range(0, K, BK):
-            x = tl.load(x_ptr + rt[:, None] * K + (k + rk)[None, :], mask=rt[:, None] < end, other=0.0)
+            x = tl.load(x_at + rt[:, None] * K + (k + rk)[None, :], mask=rt[:, None] < left, other=0.0)
             words = tl.load(words_at + rn[None, :] * stride_words + ((k + rk) // PER)[:, None], mask=rn[None, :] < N, other=0)
             codes = ((words >> bits[:, None]) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
-            scale = tl.load(scale_at + rn * groups + k // GROUP, mask=rn < N, other=0.0).to(tl.float32)
-            acc = tl.dot(x, (codes.to(tl.float32) * scale[None, :]).to(x.dtype), acc)
-        tl.store(y_ptr + rt[:, None] * N + rn[None, :], acc.to(y_ptr.dtype.element_ty), mask=(rt[:, None] < end) & (rn[None, :] < N))
+            # a block never crosses a group
+            group = rn * groups + k // GROUP
+            scale = tl.load(scale_at + group, mask=rn < N, other=0.0).to(tl.float32)
+            w = codes.to(tl.float32) * scale[None, :]
+            if SHIFT:
+                w += tl.load(shift_at + group, mask=rn < N, other=0.0)[None, :]
+            acc = tl.dot(x, w.to(x.dtype), acc)
+        tl.store(y_at + rt[:, None] * N + rn[None, :], acc.to(y_ptr.dtype.element_ty), mask=(rt[:, None] < left) & (rn[None, :] < N))
 
 
-def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None = None, *, bits: int) -> Tensor:
     """As `reference.grouped_linear`, but weights are rounded to x's dtype before they are multiplied.
 
     x:     [T, K] float16 or bfloat16
-    ends:  [E] int32, ascending, the last one T: not checked, as that would wait for the device
+    ends:  [E] int32, ascending, the last one at most T: not checked, as that would wait for the device
     words: [E, N, K·bits / 32] int32, codes + 2^(bits-1), lowest bits first (`int_pack.pack`)
     scale: [E, N, K/G] float; G a multiple of 16
+    shift: [E, N, K/G] float32, or None
     """
     require_choice("bits", bits, (4, 8))
     require("x", x, (None, None), HALVES)
@@ -58,7 +69,10 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
     require("scale", scale, (experts, n, None), FLOATS, x)
     groups = scale.shape[2]
     block = block_of_group(groups, k, 16)
-    y = x.new_empty(t, n)
+    if shift is not None:
+        require("shift", shift, (experts, n, groups), (torch.float32,), x)
+    # no program writes the rows of no expert
+    y = x.new_zeros(t, n)
     if y.numel():
         rows = triton.cdiv(t, experts)
         tiles_of = of_rows("grouped_linear", rows)
@@ -66,13 +80,14 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
         tiles = ((counts + bt - 1) // bt).cumsum(0).to(torch.int32)
         words, scale = words.contiguous(), scale.contiguous()
+        other = scale if shift is None else shift.contiguous()
         launch(
             grouped_linear_kernel,
             tiles_of,
             # at most one tile of each expert is not full
             lambda tile: (triton.cdiv(t, bt) + experts, triton.cdiv(n, tile["BN"])),
-            (x.contiguous(), ends.contiguous(), tiles, words, scale, y, experts, n, k, words.shape[2], groups),
-            {"GROUP": k // groups, "BITS": bits, "EXPERTS": triton.next_power_of_2(experts)},
+            (x.contiguous(), ends.contiguous(), tiles, words, scale, other, y, experts, n, k, words.shape[2], groups),
+            {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None, "EXPERTS": triton.next_power_of_2(experts)},
             size=rows,
             block=block,
         )
@@ -82,8 +97,9 @@ def grouped_linear(x: Tensor, ends: Tensor, words: Tensor, scale: Tensor, *, bit
 def cases() -> list[Case]:
     found = []
     for bits, rows in ((4, 16), (8, 16), (4, 64), (8, 64)):
-        signature = {"x_ptr": "*bf16", "ends_ptr": "*i32", "tiles_ptr": "*i32", "words_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": "*bf16"}
+        signature = {"x_ptr": "*bf16", "ends_ptr": "*i32", "tiles_ptr": "*i32", "words_ptr": "*i32", "scale_ptr": "*fp16"}
+        signature |= {"shift_ptr": "*fp32", "y_ptr": "*bf16"}
         signature |= dict.fromkeys(("E", "N", "K", "stride_words", "groups"), "i32")
-        constants = {"GROUP": 128, "BITS": bits, "EXPERTS": 64}
+        constants = {"GROUP": 128, "BITS": bits, "SHIFT": True, "EXPERTS": 64}
         found.append(tiled(f"grouped_linear int{bits} {rows} rows", grouped_linear_kernel, signature, constants, of_rows("grouped_linear", rows)))
     return found
