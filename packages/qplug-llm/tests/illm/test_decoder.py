@@ -113,13 +113,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_the_program_is_near_to_the_float_model_and_five_bits_between_operators_are_too_few(model, run, program, ids):
     with torch.no_grad():
         exact, fake = model(input_ids=ids).logits, run.model(input_ids=ids).logits
-    # the quantized model keeps queries, keys, values and what lies between products in floats: .031 here, the program .044, PAPER .053
+    # the quantized model keeps queries, keys, values and what lies between products in floats: .031 here, the program .044, PAPER .059
     assert distance(program(ids).dequantize(), exact) < 1.7 * distance(fake, exact)
     assert distance(lower(run, PAPER)(ids).dequantize(), exact) < 2 * distance(fake, exact)
     assert distance(lower(run, Widths(between=5))(ids).dequantize(), exact) > 3 * distance(fake, exact)
 
 
-@pytest.mark.parametrize(("field", "value"), [("between", 17), ("cache", 9), ("probabilities", 1), ("clip", 0), ("exp", "taylor")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("between", 17), ("cache", 9), ("probabilities", 1), ("clip", 0), ("exp", "taylor"), ("rounding", "stochastic")]
+)
 def test_widths_out_of_range_are_refused(field, value):
     with pytest.raises(SpecError):
         Widths(**{field: value})

@@ -8,6 +8,7 @@ whatever else is in the batch, prefilled or step by step.  Speed is no goal: pro
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from qcore.errors import SpecError
@@ -30,6 +31,7 @@ class Widths:
     clip:          c of clipped softmax
     exp:           form of the exponential, see `di_exp`
     epsilon:       norms keep their ε
+    rounding:      of codes and zero points, see `requantize`
     """
 
     between: int = 16
@@ -42,6 +44,7 @@ class Widths:
     clip: int = 15
     exp: ExpMode = "q16"
     epsilon: bool = True
+    rounding: Literal["one-rounding", "paper"] = "one-rounding"
 
     def __post_init__(self) -> None:
         for name, most in (("between", 16), ("queries", 8), ("cache", 8), ("scores", 16), ("probabilities", 16), ("sigmoid", 16), ("outside", 8)):
@@ -51,9 +54,15 @@ class Widths:
             raise SpecError(f"integer widths: clip is 1 to 255, got {self.clip}")
         if self.exp not in ("paper", "q16"):
             raise SpecError(f"unknown exponential {self.exp!r}; have: paper, q16")
+        if self.rounding not in ("one-rounding", "paper"):
+            raise SpecError(f"unknown rounding {self.rounding!r}; have: one-rounding, paper")
+
+    def cut(self, wide: Wide, bits: int) -> Dyadic:
+        """`requantize`, with the rounding that was chosen."""
+        return requantize(wide, bits, self.rounding)
 
 
-PAPER = Widths(between=8, probabilities=8, sigmoid=8, epsilon=False)
+PAPER = Widths(between=8, probabilities=8, sigmoid=8, epsilon=False, rounding="paper")
 
 
 @dataclass
@@ -141,19 +150,19 @@ class IntegerAttention(nn.Module):
         w, (h, kv) = self.widths, self.heads
         q = self._rotated(self.q(x), h, cos, sin, w.queries)  # [B, H, T, D]
         k = self._stored(past and past[0], self._rotated(self.k(x), kv, cos, sin, w.cache))
-        v = self._stored(past and past[1], _by_head(requantize(_split(self.v(x), kv), w.cache)))
+        v = self._stored(past and past[1], _by_head(w.cut(_split(self.v(x), kv), w.cache)))
         grouped = _each(q, lambda t: t.unflatten(1, (kv, h // kv)))
         scores = product(grouped, _one_more(k))  # [B, KV, G, T, S]
         scores = Wide(torch.where(mask, scores.x, 0), scores.m * self.scaling[0], scores.k + self.scaling[1])
         p = di_clipped_softmax(aligned(scores, _SCORE_BITS), mask, (w.clip, 0), w.scores, w.probabilities, w.exp)
         y = mix(p, _one_more(v))  # [B, KV, G, T, D], a step for each head
         joined = _join(y)
-        return self.o(requantize(joined, self.o.input_bits)), (k, v)
+        return self.o(w.cut(joined, self.o.input_bits)), (k, v)
 
     def _rotated(self, x: Wide, heads: int, cos: Tensor, sin: Tensor, bits: int) -> Dyadic:
         """[B, T, H·D] → codes [B, H, T, D], one scale for each token and head."""
-        narrow = requantize(x, self.widths.between).wide()
-        return _by_head(requantize(rotate(_split(narrow, heads), cos, sin), bits))
+        narrow = self.widths.cut(x, self.widths.between).wide()
+        return _by_head(self.widths.cut(rotate(_split(narrow, heads), cos, sin), bits))
 
     def _stored(self, past: Dyadic | None, new: Dyadic) -> Dyadic:
         return _after(past, Dyadic(new.codes.to(torch.uint8), new.m, new.k, new.zp, new.bits))
@@ -194,11 +203,11 @@ class IntegerMLP(nn.Module):
 
     def forward(self, x: Dyadic) -> Wide:
         w = self.widths
-        gate, up = requantize(self.gate(x), w.between), requantize(self.up(x), w.between)
+        gate, up = w.cut(self.gate(x), w.between), w.cut(self.up(x), w.between)
         smooth = None
         if self.smooth is not None and self.smooth_k is not None:
             smooth = Wide(self.smooth, torch.ones_like(self.smooth_k), self.smooth_k)
-        return self.down(requantize(di_swiglu(gate, up, smooth, w.sigmoid, w.exp), self.down.input_bits))
+        return self.down(w.cut(di_swiglu(gate, up, smooth, w.sigmoid, w.exp), self.down.input_bits))
 
 
 class IntegerBlock(nn.Module):
@@ -207,10 +216,10 @@ class IntegerBlock(nn.Module):
         self.before, self.attention, self.between, self.mlp, self.widths = before, attention, between, mlp, widths
 
     def forward(self, x: Wide, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Dyadic, Dyadic] | None) -> tuple[Wide, tuple[Dyadic, Dyadic]]:
-        branch, kept = self.attention(requantize(self.before(x), self.attention.q.input_bits), cos, sin, mask, past)
-        x = add(x, requantize(branch, self.widths.between).wide())
-        branch = self.mlp(requantize(self.between(x), self.mlp.gate.input_bits))
-        return add(x, requantize(branch, self.widths.between).wide()), kept
+        branch, kept = self.attention(self.widths.cut(self.before(x), self.attention.q.input_bits), cos, sin, mask, past)
+        x = add(x, self.widths.cut(branch, self.widths.between).wide())
+        branch = self.mlp(self.widths.cut(self.between(x), self.mlp.gate.input_bits))
+        return add(x, self.widths.cut(branch, self.widths.between).wide()), kept
 
 
 class IntegerDecoder(nn.Module):
@@ -223,9 +232,10 @@ class IntegerDecoder(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, embedding: IntegerLinear, blocks: list[IntegerBlock], norm: IntegerNorm, head: IntegerLinear, cos: Tensor, sin: Tensor
+        self, embedding: IntegerLinear, blocks: list[IntegerBlock], norm: IntegerNorm, head: IntegerLinear, cos: Tensor, sin: Tensor, widths: Widths
     ) -> None:
         super().__init__()
+        self.widths = widths
         self.embedding, self.blocks, self.norm, self.head = embedding, nn.ModuleList(blocks), norm, head
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
@@ -256,7 +266,7 @@ class IntegerDecoder(nn.Module):
             x, kept = block(x, cos, sin, mask, past)
             cache.layers[i : i + 1] = [kept]
         cache.valid = everything
-        logits = product(requantize(self.norm(x), self.head.input_bits), self.head.weight)
+        logits = product(self.widths.cut(self.norm(x), self.head.input_bits), self.head.weight)
         return aligned(logits, _LOGIT_BITS)
 
     @torch.no_grad()
