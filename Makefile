@@ -32,7 +32,7 @@ native:  ## compile the C++ kernels into the source tree
 bench:  ## time the kernels on this machine
 	uv run python tools/bench/kernels.py
 
-docs:  ## write docs/methods.md and docs/recipes.md anew, and check every link
+docs:  ## write docs/methods.md, recipes.md and systems.md anew, and check links and commands
 	uv run python tools/check_docs.py
 
 samples:  ## run the main job, and put what it prints into README.md and docs/tour.md

@@ -1,14 +1,16 @@
-"""Write docs/methods.md and docs/recipes.md from what is registered, and check that every relative link in the documentation leads somewhere.
+"""Write docs/methods.md, docs/recipes.md and docs/systems.md from what is registered and measured, and check the rest of the documentation.
 
-What methods.md says of when to use which method comes from choosing.txt, its figures from the cells of docs/evidence (choosing.py): a claim that the
-cells no longer bear out is an error.
+What methods.md says of when to use which method comes from choosing.txt, systems.md from systems.txt; the figures of both come from the cells of
+docs/evidence (choosing.py), and a claim that the cells no longer bear out is an error.  So is a relative link that leads nowhere, and a command
+`qcore …` in a code block that does not exist, has an option that it does not know, or names a recipe that is not there.
 
-python tools/check_docs.py            write both files
+python tools/check_docs.py            write the three files
 python tools/check_docs.py --check    write nothing; exit code 1 when one is out of date
 """
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,11 +93,71 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def systems_page(filled: str) -> str:
+    return f"<!-- written by tools/check_docs.py from tools/systems.txt; do not edit -->\n{filled}"
+
+
+def wrong_systems(systems: str, registry: Any) -> Iterator[str]:
+    """Rows of systems.txt that name recipes or commands that are not there, or call absent what a package brings."""
+    for row in re.findall(r"^\| \[.*\|$", systems, flags=re.MULTILINE):
+        _, what, _, run, _, more, _ = (cell.strip() for cell in row.split("|"))
+        for name in re.findall(r"`([^`]+)`", run):
+            command = name.removeprefix("qcore ")
+            if name not in registry.recipes and (command == name or command.replace(" ", "-") not in registry.commands):
+                yield f"tools/systems.txt: {what} is run with `{name}`, which is neither a recipe nor a plug-in's command"
+        for package in re.findall(r"packages/(qplug-\w+)/README", more) if run == "not here" else ():
+            hooks = [hook for record in registry.plugins if record.distribution == package for hook in record.hooks]
+            if hooks:
+                yield f"tools/systems.txt: {what} is not here, it says, but {package} brings {', '.join(hooks)}"
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words behind `qcore` in the code blocks of a page that a shell would be given; a line that ends in a backslash goes on in the next."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        if language in ("", "console", "sh", "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if m := re.match(r"(?:\$ )?(?:\w+=\S* )*(?:uv run |torchrun .*? -m )?qcore (.*)", line.strip()):
+                    yield shlex.split(m[1], comments=True)
+
+
+def wrong_commands(root: Path, registry: Any) -> Iterator[str]:
+    """Commands in code blocks that qcore would refuse, as "file: what"."""
+    import typer
+    from qcore.cli import build
+    from qcore.cli.plugins import mount_commands
+
+    app = build()
+    mount_commands(app, registry)
+    top: Any = typer.main.get_command(app)
+    for page in pages(root):
+        for words in command_lines(page.read_text(encoding="utf-8")):
+            command, rest = top, list(words)
+            while rest and hasattr(command, "commands") and rest[0] in command.commands:
+                command = command.commands[rest.pop(0)]
+            where = f"{page.relative_to(root)}: qcore {' '.join(words)}"
+            if hasattr(command, "commands"):
+                if rest and rest[0] not in ("…", "--help"):
+                    yield f"{where}: there is no command {rest[0]!r}"
+                continue
+            known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+            for word, value in zip(rest, [*rest[1:], ""], strict=False):
+                option = word.partition("=")[0]
+                if option.startswith("-") and option not in known and not option.lstrip("-").isdigit():
+                    yield f"{where}: it has no option {option}"
+                if option in ("--recipe", "-r") and "." not in value and value != "NAME" and value not in registry.recipes:
+                    yield f"{where}: there is no recipe {value!r}"
+
+
+def pages(root: Path) -> Iterator[Path]:
+    """All *.md but those of folders that are made by tools."""
+    for page in sorted(root.rglob("*.md")):
+        if not any(part.startswith(".") or part in ("node_modules", "build", "dist") for part in page.relative_to(root).parts[:-1]):
+            yield page
+
+
 def dead_links(root: Path) -> Iterator[str]:
     """Relative links in *.md that lead nowhere, as "file: link"."""
-    for page in sorted(root.rglob("*.md")):
-        if any(part.startswith(".") or part in ("node_modules", "build", "dist") for part in page.relative_to(root).parts[:-1]):
-            continue
+    for page in pages(root):
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             path = link.partition("#")[0]
@@ -107,15 +169,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
-    from choosing import TEMPLATE, section
+    from choosing import SYSTEMS, TEMPLATE, section
     from qcore.plugins import load_registry
 
     registry = load_registry()
-    choosing, claims = section(TEMPLATE.read_text(encoding="utf-8"))
-    for claim in claims:
-        print(claim, file=sys.stderr)
-    wrong = 1 if claims else 0
-    for name, page in (("methods.md", methods_page(registry, choosing)), ("recipes.md", recipes_page(registry))):
+    wrong = 0
+    filled = {}
+    for template in (TEMPLATE, SYSTEMS):
+        filled[template], claims = section(template.read_text(encoding="utf-8"))
+        for claim in claims:
+            print(f"tools/{template.name}: {claim}", file=sys.stderr)
+            wrong = 1
+    made = {"methods.md": methods_page(registry, filled[TEMPLATE]), "recipes.md": recipes_page(registry), "systems.md": systems_page(filled[SYSTEMS])}
+    for name, page in made.items():
         path = ROOT / "docs" / name
         if path.is_file() and path.read_text(encoding="utf-8") == page:
             continue
@@ -125,10 +191,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             path.write_text(page, encoding="utf-8")
             print(f"wrote docs/{name}")
-    for dead in dead_links(ROOT):
-        print(f"{dead} leads nowhere", file=sys.stderr)
-        wrong = 1
-    return wrong
+    said = [f"{dead} leads nowhere" for dead in dead_links(ROOT)]
+    said += [*wrong_commands(ROOT, registry), *wrong_systems(filled[SYSTEMS], registry)]
+    for line in said:
+        print(line, file=sys.stderr)
+    return 1 if said else wrong
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The section "When to use which" of docs/methods.md: choosing.txt, its figures filled in from the cells of docs/evidence.
+"""Pages with figures from the cells of docs/evidence: choosing.txt ("When to use which" of docs/methods.md) and systems.txt (docs/systems.md).
 
-choosing.txt begins with names, one a line:
+Such a template begins with names, one a line:
 
     @ NAME = FILES                   the JSON files (a glob, relative to docs/evidence) whose figures are meant; the mean over them
     @ NAME = FILE | KEY=VALUE, …     of a file that is a list, or has a list of `cells` or `runs`: its entries with these values
@@ -22,6 +22,7 @@ from statistics import mean
 from typing import Any
 
 TEMPLATE = Path(__file__).with_name("choosing.txt")
+SYSTEMS = Path(__file__).with_name("systems.txt")
 EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
 
@@ -69,7 +70,7 @@ class Figures:
     def entries(self, name: str) -> list[dict[str, Any]]:
         """The cells that a name stands for; none where they are not measured."""
         if name not in self.names:
-            raise Broken(f"choosing.txt speaks of {name!r}, but no line '@ {name} = …' says where it is")
+            raise Broken(f"it speaks of {name!r}, but no line '@ {name} = …' says where it is")
         files, _, where = (part.strip() for part in self.names[name].partition("|"))
         found: list[dict[str, Any]] = []
         for file in sorted(self.folder.glob(files)):
@@ -85,7 +86,7 @@ class Figures:
     def value(self, name: str, field: str) -> float | None:
         """The mean over the cells; None where none has the figure."""
         if field not in FIELDS:
-            raise Broken(f"choosing.txt asks for {field!r} of {name}; have: {', '.join(FIELDS)}")
+            raise Broken(f"it asks for {field!r} of {name}; have: {', '.join(FIELDS)}")
         values = []
         for entry in self.entries(name):
             at: Any = entry
@@ -99,7 +100,7 @@ class Figures:
         """One side of a claim: a number, a figure, or a number times a figure."""
         m = _SIDE.match(text.strip())
         if not m or not (m["factor"] or m["name"]):
-            raise Broken(f"choosing.txt: {text.strip()!r} is no side of a claim")
+            raise Broken(f"{text.strip()!r} is no side of a claim")
         if not m["name"]:
             return float(m["factor"])
         value = self.value(m["name"], m["field"])
@@ -124,11 +125,11 @@ class Figures:
             return instead
         for claim, pair in zip(claims, sides, strict=True):
             if len(pair) != 2:
-                raise Broken(f"choosing.txt: {claim.strip()!r} is no claim; write A < B")
+                raise Broken(f"{claim.strip()!r} is no claim; write A < B")
             low, high = pair
             assert low is not None and high is not None
             if not low < high:
-                raise Broken(f"choosing.txt claims {claim.strip()}, but the cells say {low:.4g} and {high:.4g}; write anew: {body.strip()[:90]}…")
+                raise Broken(f"it claims {claim.strip()}, but the cells say {low:.4g} and {high:.4g}; write anew: {body.strip()[:90]}…")
         return _FIGURE.sub(lambda m: FIELDS[m[2]][1](values[m[1], m[2]]), body)  # type: ignore[arg-type]
 
 

@@ -181,3 +181,16 @@ def test_other_bits_are_named(name, bits):
     op = OPS[name]
     with pytest.raises(ValueError, match=f"bits: got {bits}.*allowed: 4"):
         op.call(**op.arguments, bits=bits)
+
+
+@pytest.mark.parametrize("lengths", [[0], [-1], [9]])
+def test_lengths_outside_the_cache_are_refused(lengths):
+    arguments = {**OPS["kv_attention"].arguments, "lengths": torch.tensor(lengths, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=f"lengths: run from {lengths[0]} to {lengths[0]}; allowed: 1 to the 5 tokens"):
+        OPS["kv_attention"].call(**arguments)
+
+
+def test_tiles_without_rows_are_refused():
+    tiles = torch.zeros(4, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="rows, columns, chunk: got 0, 4, 256"):
+        codebook_linear.codebook_linear(torch.zeros(2, 8), tiles, torch.zeros(2, 2, 4), 0, 4)

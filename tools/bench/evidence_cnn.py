@@ -9,18 +9,17 @@ There are no ImageNet labels here, so each model is compared with its float self
 A cell costs 30 to 80 seconds of one core, most of it passes of calibration layer by layer, those with AdaRound about ten minutes; about 3 GB.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from evidence import CACHE, CELLS, ROOT, code_files, code_hash, fresh, missing
+from cells import compute
+from evidence import CACHE, CELLS, ROOT, fresh
 
 PAGE = ROOT / "docs" / "evidence" / "cnn.md"
 SEEDS = 2
@@ -179,33 +178,11 @@ def _spread(own: Sequence[dict[str, Any]], score: str, digits: int, factor: floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--first", type=int, default=1000, help="at most so many cells")
-    a = parser.parse_args()
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name][: a.first]
-    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    for cell in todo:
-        started = time.perf_counter()
-        result = {"cell": asdict(cell), **measure(cell)}
-        files = code_files(cell.recipe)
-        result |= {"code": code_hash(files), "files": files}
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        part.replace(cell.file)
+    def said(result: dict[str, Any]) -> str:
         s = result["scores"]
-        print(
-            f"{cell.name}: top-1 {s['top1']:.3f} KL {s['kl']:.4f} SQNR {s['sqnr_db']:.2f} dB ({time.perf_counter() - started:.0f} s)", file=sys.stderr
-        )
-    PAGE.write_text(page(cells), encoding="utf-8")
-    return 0
+        return f"top-1 {s['top1']:.3f} KL {s['kl']:.4f} SQNR {s['sqnr_db']:.2f} dB"
+
+    return compute(__doc__, matrix(), measure, said, lambda cells: PAGE.write_text(page(cells), encoding="utf-8"))
 
 
 if __name__ == "__main__":

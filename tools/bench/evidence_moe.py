@@ -9,21 +9,20 @@ windows of 256 tokens: of one domain (the model's own calibration text holds fiv
 or sampled by EBSS from the float model.  Evaluation is 64 windows of the evaluation text of all five domains.
 """
 
-import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import evidence
-from evidence import CACHE, ROOT, code_files, code_hash, missing
+from cells import compute
+from evidence import CACHE, ROOT
 
 SEEDS = 5
 PAGE = ROOT / "docs" / "evidence" / "moe.md"
@@ -204,30 +203,10 @@ def _spread(own: Sequence[dict[str, Any]], score: str, digits: int, factor: floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    a = parser.parse_args()
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
-    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    for cell in todo:
-        started = time.perf_counter()
-        result = {"cell": asdict(cell), **measure(cell)}
-        files = code_files(cell.recipe)
-        result |= {"code": code_hash(files), "files": files}
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        part.replace(cell.file)
-        s = result["scores"]
-        print(f"{cell.name}: KL {s['kl']:.4f} ppl {s['perplexity']:.2f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
-    PAGE.write_text(page(cells), encoding="utf-8")
-    return 0
+    def said(result: dict[str, Any]) -> str:
+        return f"KL {result['scores']['kl']:.4f} ppl {result['scores']['perplexity']:.2f}"
+
+    return compute(__doc__, matrix(), measure, said, lambda cells: PAGE.write_text(page(cells), encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ Calibration is what the paper's release takes: 32 images in one batch, here of t
 the 1,000 shipped images of the test split, by their true labels.  A cell takes about 6 s of one core, all of them about 10 minutes.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import evidence
-from evidence import CACHE, ROOT, code_files, code_hash, missing
+from cells import compute
+from evidence import CACHE, ROOT, missing
 
 _OWN = ("branches", "cfws", "fuse", "metrics")
 evidence.ROOMS += [*(f"packages/qplug-reparam/src/qplug_reparam/{f}.py" for f in _OWN), "packages/qcore/src/qcore/evaluation/images.py"]
@@ -195,34 +194,11 @@ def _spread(own: Sequence[dict[str, Any]], score: str, digits: int, factor: floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--limit", type=int, default=1000, help="at most this many cells")
-    a = parser.parse_args()
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name][: a.limit]
-    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    for cell in todo:
-        started = time.perf_counter()
-        result = {"cell": asdict(cell), **measure(cell)}
-        files = code_files(cell.recipe)
-        result |= {"code": code_hash(files), "files": files}
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        part.replace(cell.file)
+    def said(result: dict[str, Any]) -> str:
         s = result["scores"]
-        print(
-            f"{cell.name}: {s['accuracy']:.4f} of {s['accuracy_reference']:.4f}, KL {s['kl']:.5f} ({time.perf_counter() - started:.0f} s)",
-            file=sys.stderr,
-        )
-    PAGE.write_text(page(cells), encoding="utf-8")
-    return 0
+        return f"{s['accuracy']:.4f} of {s['accuracy_reference']:.4f}, KL {s['kl']:.5f}"
+
+    return compute(__doc__, matrix(), measure, said, lambda cells: PAGE.write_text(page(cells), encoding="utf-8"))
 
 
 if __name__ == "__main__":

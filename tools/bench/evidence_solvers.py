@@ -10,18 +10,15 @@ As `evidence.py`: the same key, the same measurement (quantize, save, load again
 windows of 256 tokens of calibration text, drawn by the seed, and 64 of evaluation text.  smollm2-135m: news text, 64 and 24 windows of 512.
 """
 
-import argparse
 import json
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import evidence
-from evidence import ROOT, Cell, code_files, code_hash, missing
+from cells import compute
+from evidence import ROOT, Cell
 
 SEEDS = 3
 PAGE = ROOT / "docs" / "evidence" / "solvers.md"
@@ -146,7 +143,8 @@ def page(cells: Sequence[Cell]) -> str:
         rows = [*([("w2-gptq", "of `tools/bench/evidence.py`", gptq)] if gptq else []), *large]
         lines += ["## smollm2-135m, 2 bits", "", *_table(rows, gptq), ""]
         lines += [
-            f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1. SignRound on this model, at 4, 3 and",
+            f"Float perplexity: {large[0][2][0]['scores']['perplexity_reference']:.2f}. Weights are dequantized Q4_1. "
+            "SignRound on this model, at 4, 3 and",
             "2 bits and beside AutoRound: [other toolkits](peers.md).",
             "",
         ]
@@ -207,35 +205,14 @@ def _spread(own: Sequence[dict[str, Any]], score: str, digits: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so long")
-    a = parser.parse_args()
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
-    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    begun = time.perf_counter()
-    for cell in todo:
-        started = time.perf_counter()
-        if started - begun > 60 * a.minutes:
-            break
-        result = {"cell": asdict(cell), **evidence.measure(cell)}
-        files = code_files(cell.recipe)
-        result |= {"code": code_hash(files), "files": files}
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        part.replace(cell.file)
-        s = result["scores"]
-        print(f"{cell.name}: KL {s['kl']:.4f} bits {result['bits']:.3f} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
-    PAGE.write_text(page(cells), encoding="utf-8")
-    picture(cells)
-    return 0
+    def said(result: dict[str, Any]) -> str:
+        return f"KL {result['scores']['kl']:.4f} bits {result['bits']:.3f}"
+
+    def finish(cells: Sequence[Cell]) -> None:
+        PAGE.write_text(page(cells), encoding="utf-8")
+        picture(cells)
+
+    return compute(__doc__, matrix(), evidence.measure, said, finish)
 
 
 if __name__ == "__main__":

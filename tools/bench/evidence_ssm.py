@@ -12,7 +12,6 @@ it is measured.  Few windows and seeds, ablations of one seed: so that all of it
 35 s of the Mambas, five minutes for both shapes.  Seed by seed: what is stopped early has every method once.
 """
 
-import argparse
 import json
 import math
 import subprocess
@@ -20,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import evidence
-from evidence import CACHE, ROOT, code_files, code_hash, missing
+from cells import compute
+from evidence import CACHE, ROOT, missing
 
 evidence.ROOMS += ["packages/qplug-ssm/src"]
 
@@ -466,31 +466,10 @@ def write(cells: Sequence[Cell]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from the cells that are there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--limit", type=int, default=1000, help="at most this many cells")
-    a = parser.parse_args()
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name][: a.limit]
-    print(f"{len(todo)} of {len(cells)} cells are missing", file=sys.stderr)
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    for cell in todo:
-        started = time.perf_counter()
-        result = {"cell": asdict(cell), **measure(cell)}
-        result.setdefault("files", code_files(cell.recipe))
-        result["code"] = code_hash(result["files"])
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-        part.replace(cell.file)
-        said = f"KL {result['scores']['kl']:.5f}" if "scores" in result else f"{result['seconds']} s"
-        print(f"{cell.name}: {said} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
-    write(cells)
-    return 0
+    def said(result: dict[str, Any]) -> str:
+        return f"KL {result['scores']['kl']:.5f}" if "scores" in result else f"{result['seconds']} s"
+
+    return compute(__doc__, matrix(), measure, said, write, ensure_ascii=False)
 
 
 if __name__ == "__main__":

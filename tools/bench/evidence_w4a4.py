@@ -2,7 +2,7 @@
 
     python tools/bench/evidence_w4a4.py                compute the cells that are missing, then docs/evidence/w4a4.md
     python tools/bench/evidence_w4a4.py --only tiny    only cells whose name contains the word
-    python tools/bench/evidence_w4a4.py --seconds 120  begin no cell after two minutes
+    python tools/bench/evidence_w4a4.py --minutes 2    begin no cell after two minutes
     python tools/bench/evidence_w4a4.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_w4a4.py --table        write the page from the cells that are there
 
@@ -12,17 +12,17 @@ cell costs on one shared core: tiny-llama 5 to 30 seconds, 2 to 5 minutes where 
 by GPTQ, an hour where something is learned.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import evidence
-from evidence import CACHE, ROOT, code_files, code_hash, missing
+from cells import compute, in_a_process
+from evidence import CACHE, ROOT, code_files, code_hash
 
 PAGE = ROOT / "docs" / "evidence" / "w4a4.md"
 _CACHE_RULE = """
@@ -189,39 +189,15 @@ def page(cells: list[Cell]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say which cells are missing")
-    parser.add_argument("--table", action="store_true", help="write the page from what is there")
-    parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no cell after so long")
-    parser.add_argument("--cell", default="", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.cell:
-        data = json.loads(a.cell)
+    if sys.argv[1:2] == ["--cell"]:  # one cell, in a process of its own
+        data = json.loads(sys.argv[2])
         print(json.dumps(measure(Cell(**{**data, "overrides": tuple(data["overrides"])}))))
         return 0
-    cells = matrix()
-    todo = [] if a.table else [c for c in missing(cells) if a.only in c.name]
-    if a.list:
-        print("\n".join(c.name for c in todo))
-        return 0
-    failed, started = 0, time.perf_counter()
-    for cell in todo:
-        if time.perf_counter() - started > a.seconds:
-            break
-        run = subprocess.run([sys.executable, __file__, "--cell", json.dumps(asdict(cell))], capture_output=True, text=True, cwd=ROOT)
-        if run.returncode:
-            print(f"{cell.name}: failed\n{run.stderr[-2000:]}", file=sys.stderr)
-            failed += 1
-            continue
-        result = {"cell": asdict(cell), **json.loads(run.stdout.splitlines()[-1])}
-        cell.file.parent.mkdir(parents=True, exist_ok=True)
-        part = cell.file.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        part.replace(cell.file)
-        print(f"{cell.name}: KL {result['scores']['kl']:.4f} ({result['seconds']:.0f} s)", file=sys.stderr)
-    PAGE.write_text(page(cells))
-    return 1 if failed else 0
+
+    def said(result: dict[str, Any]) -> str:
+        return f"KL {result['scores']['kl']:.4f}"
+
+    return compute(__doc__, matrix(), partial(in_a_process, __file__), said, lambda cells: PAGE.write_text(page(cells), encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,49 @@ def test_a_dead_link_is_found_and_others_are_not(tmp_path: Path) -> None:
     assert list(check_docs.dead_links(tmp_path)) == ["there.md: gone.md"]
 
 
+COMMANDS = {
+    "uv run qcore quantize zoo:tiny-llama --recipe w4a16-gptq -o out/": "",
+    "$ qcore recipes show w4a16-gptq > my.toml": "",
+    "QCORE_PLUGINS= qcore …": "",
+    "qcore plan MODEL --recipe my.toml --set rules.0.format.bits=3   # three bits": "",
+    "qcore plan MODEL --recipe mixed --bits 3.5 --select subsa": "",
+    "torchrun --nproc-per-node 4 -m qcore quantize MODEL -r w4a16_gptq": "there is no recipe 'w4a16_gptq'",
+    "qcore plan MODEL \\\n  --recipe w4a16-gptq --bit 3": "it has no option --bit",
+    "qcore evaluate out/": "there is no command 'evaluate'",
+    "qcore recipes print w4a16-gptq": "there is no command 'print'",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), COMMANDS.items())
+def test_commands_of_code_blocks_that_qcore_would_refuse_are_found(tmp_path: Path, line: str, said: str) -> None:
+    from qcore.plugins import load_registry
+
+    # behind a block of another language, whose end must not be taken for a beginning
+    (tmp_path / "page.md").write_text(f"```python\nx = 1\n```\n\nqcore prose --here\n\n```\n{line}\n```\n")
+    found = list(tool("check_docs").wrong_commands(tmp_path, load_registry()))
+    assert len(found) == bool(said) and all(said in one for one in found)
+
+
+SYSTEMS = {
+    "| [X](x) | a | `w4a16-gptq` | | [q](../packages/qplug-x/README.md) |": "",
+    "| [X](x) | a | `qcore select` | | [q](../packages/qplug-x/README.md) |": "",
+    "| [X](x) | a | not here | | [q](../packages/qplug-empty/README.md) |": "",
+    "| [X](x) | a | not here | | [q](../packages/qplug-x/README.md) |": "qplug-x brings qcore_formats",
+    "| [X](x) | a | `w4a16-x` | | |": "`w4a16-x`, which is neither",
+    "| [X](x) | a | `select` | | |": "`select`, which is neither",
+}
+
+
+@pytest.mark.parametrize(("row", "said"), SYSTEMS.items())
+def test_a_row_of_systems_that_is_no_longer_true_is_found(row: str, said: str) -> None:
+    from types import SimpleNamespace
+
+    plugins = [SimpleNamespace(distribution="qplug-x", hooks=("qcore_formats",)), SimpleNamespace(distribution="qplug-empty", hooks=())]
+    registry = SimpleNamespace(plugins=plugins, recipes={"w4a16-gptq": None}, commands={"select": None})
+    found = list(tool("check_docs").wrong_systems(f"| system | model |\n|---|---|\n{row}\n", registry))
+    assert len(found) == bool(said) and all(said in one for one in found)
+
+
 TEMPLATE = """
 @ a = cells/a-seed*.json
 @ b = list.json | label=b, second

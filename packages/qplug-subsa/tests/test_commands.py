@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from qcore.cli import main
+from qcore.errors import SpecError
 from qcore.plugins import load_registry
 from qplug_subsa.options import make_selector
 from qplug_subsa.subsa import SubSA
@@ -212,3 +214,14 @@ def test_options_have_the_types_of_their_fields():
 def test_help_gives_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0 and f"qcore {command}" in out and "Example" in out
+
+
+def test_options_of_other_peoples_selectors_may_have_no_default():
+    @dataclass(frozen=True)
+    class Near:
+        point: int
+        top: float | None = None
+
+    assert make_selector("near", {"near": Near}, ["point=3", "top=0.5"]) == Near(3, 0.5)
+    with pytest.raises(SpecError, match="wants a value for 'point'; pass --set point=VALUE"):
+        make_selector("near", {"near": Near})

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from qcore.errors import SpecError
-from qplug_subsa.sharded import share_of
+from qplug_subsa.sharded import _lam, share_of
 from qplug_subsa.subsa import SubSA
 
 # one pair of processes for all cases: each of them imports torch
@@ -76,3 +76,9 @@ def test_every_row_has_one_owner(points, tmp_path):
         assert np.array_equal(shares[-1].take(np.array([2, 0])), points[[240 - shares[-1].shape[0] + 2, 240 - shares[-1].shape[0]]])
     with pytest.raises(SpecError, match="2 files for 3 processes"):
         share_of([tmp_path / "x.npy"] * 2, 0, 3)
+
+
+def test_a_lambda_that_is_no_number_is_refused():
+    assert _lam("auto") == "auto" and _lam("0.5") == 0.5
+    with pytest.raises(SpecError, match="got 'much'"):
+        _lam("much")

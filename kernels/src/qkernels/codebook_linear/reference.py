@@ -16,6 +16,8 @@ def codebook_linear(x: Tensor, codes: Tensor, books: Tensor, rows: int, columns:
     chunk:   rows of the weight that are looked up at once: chunk · K values of x's dtype are held
     return:  [..., N] of x's dtype
     """
+    if min(rows, columns, chunk) < 1:
+        raise ValueError(f"rows, columns, chunk: got {rows}, {columns}, {chunk}; allowed: 1 or more of each")
     require("codes", codes, (None, None), (torch.uint8,))
     N, K = codes.shape
     require("x", x, (..., K), FLOATING, codes)

@@ -33,6 +33,8 @@ def kv_attention(q: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tens
     require("k_scale", k_scale, (b, c, s), FLOATING, q)
     require("v_scale", v_scale, (b, c, s), FLOATING, q)
     require("lengths", lengths, (b,), (torch.int32,), q)
+    if b and not (int(lengths.min()) >= 1 and int(lengths.max()) <= s):
+        raise ValueError(f"lengths: run from {int(lengths.min())} to {int(lengths.max())}; allowed: 1 to the {s} tokens of the cache")
     queries = q.float().reshape(b, c, h // c, d)
     scores = queries @ dequantize(k, k_scale, bits).mT / d**0.5
     there = torch.arange(s, device=q.device) < lengths[:, None]

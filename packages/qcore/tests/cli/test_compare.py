@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 from qcore.cli import main
+from qcore.errors import NotFound
 from qcore.model import LoadedModel, ModelSource, parameters_on_meta
 from qcore.model.reader import DictReader
 from qcore.plugins.registry import Registry
@@ -187,3 +188,16 @@ def test_a_streamed_run_has_the_same_histograms(run, made: Path) -> None:
     assert code == 0, err
     streamed, whole = (json.loads((made / out / "report.json").read_text())["histograms"] for out in ("streamed", "out4"))
     assert streamed == whole and set(streamed["self_attn.q_proj"]) == {"weight_before", "weight_after", "input_before", "input_after"}
+
+
+def test_what_was_made_of_something_else_is_known_before_it_is_made_again(made: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for more, what in ((("--calib", "b.txt"), "calibration_sha256"), (("--model", "tiny:1"), "weights")):
+        code, _, err = run("verify", "out4", "--reproduce", *more)
+        assert code == 2 and f"out4 was made of other {what}" in err and "block" not in err
+    monkeypatch.setattr("qcore.cli.verify.open_model", gone)
+    code, _, err = run("verify", "out4", "--reproduce")
+    assert code == 2 and "out4 was made from 'tiny:', as seen from where that run was started; pass --model where it is now" in err
+
+
+def gone(*args: Any) -> Any:
+    raise NotFound("no such file or folder")

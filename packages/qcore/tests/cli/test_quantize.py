@@ -159,9 +159,11 @@ def test_calibrating_and_evaluating_on_one_text_is_refused(run, pretend, texts: 
 
 def test_a_folder_that_is_not_empty_is_kept_unless_forced(run, pretend, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine.txt").write_text("dear")
+    (tmp_path / "out/report.json").write_text("{}")
+    (tmp_path / "out/older.txt").write_text("of an older run")
     done = run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", *SMALL)
-    assert done.code == 2 and "-o out is not empty; name another folder, or pass --force" in done.err and files(tmp_path / "out") == ["mine.txt"]
+    assert done.code == 2 and "-o out is not empty; name another folder, or pass --force" in done.err
+    assert files(tmp_path / "out") == ["older.txt", "report.json"]
     assert run("quantize", "toy:", "-r", "w4a16-rtn", "-o", "out", "--force", *SMALL).code == 0
     assert files(tmp_path / "out") == ["model.safetensors", "report.html", "report.json"] and files(tmp_path) == ["out", "texts"]
 

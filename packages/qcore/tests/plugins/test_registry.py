@@ -34,7 +34,16 @@ BROKEN = {
     "exit in a hook": (f"{HEAD}@hookimpl\ndef qcore_formats():\n    raise SystemExit\n", "failed", ["qcore_formats", "SystemExit"]),
     "class without name": (brings("other").replace("name =", "title ="), "failed", ["Thing", "name"]),
     "instance for a class": (brings("other").replace("[Thing]", "[Thing()]"), "failed", ["return the class"]),
-    "hook returns nothing": (brings("other").replace("return [Thing]", "pass"), "failed", ["qcore_formats", "TypeError"]),
+    "hook returns nothing": (
+        brings("other").replace("return [Thing]", "pass"),
+        "failed",
+        ["qcore_formats", "returned None; return a list"],
+    ),
+    "hook returns the class": (brings("other").replace("[Thing]", "Thing"), "failed", ["Thing", "return a list of classes"]),
+    "hook returns a name": (brings("other").replace("[Thing]", "'other'"), "failed", ["'other'", "return a list of classes"]),
+    "hook returns a dict": (brings("other").replace("[Thing]", "{'other': Thing}"), "failed", ["return a list of classes"]),
+    "error in a hook of its own": (brings("other").replace("return [Thing]", "return [Thing.nothing]"), "failed", ["(qplug_broken.py, line 10)"]),
+    "error at import of its own": ("x = 1\ny = x.z\n", "failed", ["AttributeError", "(qplug_broken.py, line 2)"]),
 }
 
 
@@ -53,6 +62,23 @@ def test_broken_plugin_is_said_by_name_and_the_others_work(install, load, case):
     assert all(word in broken.error for word in words), broken.error
     with pytest.raises(NotFound, match=r"plug-in 'broken'.*did not load: .*`qcore plugins doctor`"):
         registry.formats["other"]
+
+
+def test_an_entry_point_that_points_nowhere_is_no_missing_library(install, load, tmp_path: Path):
+    install("qplug-ternary")
+    install("qplug-broken", module="qplug_elsewhere")
+    (tmp_path / "site" / "qplug_elsewhere.py").unlink()
+    with pytest.warns(PluginWarning, match='its entry point broken = "qplug_elsewhere" names a module that is not there'):
+        registry = load()
+    assert set(registry.formats) == {"int", "ternary"}
+
+
+def test_libraries_that_the_registration_imports_are_recorded(install, load, tmp_path: Path, monkeypatch):
+    (tmp_path / "site" / "timm.py").write_text("")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    install("qplug-heavy", "import timm\n" + brings("heavy"))
+    install("qplug-light")
+    assert [r.heavy for r in load().plugins] == [("timm",), ()]
 
 
 def test_plugin_that_loads_is_recorded_whole(install, load):
@@ -111,17 +137,28 @@ def test_duplicate_is_settled_by_naming_a_distribution(install, load, monkeypatc
     assert set(registry.formats) == {"int", "two"}
 
 
-@pytest.mark.parametrize(("clash", "origins"), [("ternary", "qplug-a and by qplug-b"), ("int", "qcore and by qplug-b")])
-def test_clash_of_names_is_refused_naming_both_and_spares_the_rest(install, load, clash, origins):
+TWO = brings("{}").replace("[Thing]", "[Thing, Other]") + "\n\nclass Other:\n    name = 'other'\n"
+
+
+def test_clash_of_two_plugins_is_refused_naming_both_and_spares_the_rest(install, load):
     install("qplug-a", brings("ternary"))
-    install("qplug-b", brings(clash.upper()).replace("[Thing]", "[Thing, Other]") + "\n\nclass Other:\n    name = 'other'\n")
+    install("qplug-b", TWO.replace("{}", "TERNARY"))
     formats = load().formats
-    with pytest.raises(PluginError, match=f"format '{clash}' is given by {origins}"):
-        formats[clash]
+    with pytest.raises(PluginError, match="format 'ternary' is given by qplug-a and by qplug-b"):
+        formats["ternary"]
     with pytest.raises(PluginError):
-        formats.get(clash)
-    assert set(formats) == {"int", "ternary", "other"} - {clash}
-    assert set(formats.conflicts) == {clash}
+        formats.get("ternary")
+    assert set(formats) == {"int", "other"}
+    assert set(formats.conflicts) == {"ternary"}
+
+
+def test_a_plugin_takes_no_builtin_away(install, load):
+    install("qplug-b", TWO.replace("{}", "INT"))
+    registry = load()
+    with pytest.warns(PluginWarning, match="qplug-b brings a format 'int', which qcore has already; qcore's own is used"):
+        formats = registry.formats
+    assert set(formats) == {"int", "other"} and formats.origin["int"] == "qcore"
+    assert formats.refused == {"int": ("qplug-b",)} and not formats.conflicts
 
 
 def test_three_of_one_name_are_all_named():

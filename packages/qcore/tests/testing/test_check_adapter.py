@@ -172,7 +172,7 @@ def test_prepare_must_keep_names_and_outputs():
         def prepare(self, model):
             model.extra = nn.Linear(2, 2)
 
-    with pytest.raises(AssertionError, match="renamed or lost"):
+    with pytest.raises(AssertionError, match="renamed, lost or added"):
         check_adapter(Renames(link=("a", "b")), Dead(), torch.randn(3, 4))
 
     class Changes(DeadAdapter):

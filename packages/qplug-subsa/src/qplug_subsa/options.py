@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,7 +10,7 @@ from qcore.errors import SpecError
 
 
 def make_selector(name: str, selectors: Mapping[str, Any], settings: Sequence[str] = ()) -> Any:
-    """`selectors[name]` with its fields set; SpecError for a field it does not have, or a value of another type."""
+    """`selectors[name]` with its fields set; SpecError for a field that it has not or wants, or a value of another type than the default."""
     cls = selectors[name]
     own = {f.name: f for f in fields(cls) if f.init} if is_dataclass(cls) else {}
     values: dict[str, Any] = {}
@@ -26,11 +26,14 @@ def make_selector(name: str, selectors: Mapping[str, Any], settings: Sequence[st
         value = _value(text)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default) and not isinstance(value, str):
-            raise SpecError(f"--set {setting}: {key} is a {type(default).__name__}, such as {default!r}")
-        if isinstance(value, str) and not isinstance(default, (str, float)):
+        # without a default, or with None for one, nothing is known of its type here: the selector says what it takes
+        known = default is not MISSING and default is not None
+        if known and type(value) is not type(default) and not (isinstance(value, str) and isinstance(default, (str, float))):
             raise SpecError(f"--set {setting}: {key} is a {type(default).__name__}, such as {default!r}")
         values[key] = value
+    wanted = [key for key, f in own.items() if key not in values and f.default is MISSING and f.default_factory is MISSING]
+    if wanted:
+        raise SpecError(f"selector {name!r} wants a value for {wanted[0]!r}; pass --set {wanted[0]}=VALUE")
     return cls(**values)
 
 

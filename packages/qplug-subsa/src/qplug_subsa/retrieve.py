@@ -12,7 +12,6 @@ from qplug_subsa.units import Units
 
 # a cosine from here on is the item itself; the released code skips scores of exactly 1, which rounding rarely gives
 _ITSELF = 1 - 1e-6
-_PIECE = 1 << 22
 
 Centre = Literal["none", "own", "examples"]
 

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from qcore.errors import QcoreError, SpecError
 
@@ -36,6 +37,13 @@ def select_sharded(rows: Rows, k: int, selector: SubSA | None = None) -> Selecti
     return (selector or SubSA()).run(rows, k, Distributed(rows.shape[0]))
 
 
+def _lam(text: str) -> float | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise SpecError(f"--lam is a number of 0 or more, or auto, got {text!r}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help=".npy files of one width")
@@ -48,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dist.init_process_group("gloo")
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
-        found = select_sharded(share_of(a.files, rank, size), a.budget, SubSA("auto" if a.lam == "auto" else float(a.lam)))
+        found = select_sharded(share_of(a.files, rank, size), a.budget, SubSA(_lam(a.lam)))
         if rank == 0:
             a.out.write_text(json.dumps({"indices": found.indices, "gains": found.gains, "lam": found.lam, "notes": found.notes}) + "\n")
             print(f"{len(found.indices)} chosen over {size} processes; written: {a.out}")

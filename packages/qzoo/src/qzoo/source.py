@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,9 @@ class Zoo(ModelSource):
         name = uri.removeprefix("zoo:")
         places = places_of_models()
         if name not in places:
-            raise NotFound(f"the zoo has no model {name!r}; it has: {', '.join(f'zoo:{n}' for n in sorted(places)) or 'none'}")
+            near = get_close_matches(name, places, n=1)
+            hint = f"; did you mean 'zoo:{near[0]}'?" if near else ""
+            raise NotFound(f"the zoo has no model {name!r}{hint}; it has: {', '.join(f'zoo:{n}' for n in sorted(places)) or 'none'}")
         path, notes = places[name]()
         sources = _other_sources()
         if name == "tiny-repvgg" and "timm" not in sources:

@@ -65,7 +65,7 @@ class Journal:
         elif there != wanted:
             self.close()
             differing = [k for k in sorted(set(there) | set(wanted)) if there.get(k) != wanted.get(k)]
-            lines = "\n".join(f"  {k}: the run has {there.get(k)!r}, now {wanted.get(k)!r}" for k in differing)
+            lines = "\n".join(f"  {k}: the run has {a!r}, now {b!r}" for k in differing for a, b in (_unlike(there.get(k), wanted.get(k)),))
             raise CheckpointError(f"{folder} holds a run made of something else; resume with the same, or delete the folder\n{lines}")
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Journal:
         """What `keep_step` kept under this name, as (tensors, data); None when that step was not finished."""
         if not (self.folder / f"{name}.json").exists():
             return None
-        file = SafetensorsFile(self.folder / f"{name}.safetensors")
+        file = _opened(self.folder / f"{name}.safetensors")
         return {n: file[n] for n in file.names()}, _read_json(self.folder / f"{name}.json")
 
     def keep_step(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Journal:
     def block(self, index: int) -> tuple[SafetensorsFile, dict[str, Any]]:
         """A finished block: its tensors, read when asked for, and its data."""
         name = f"block-{index:05}"
-        return SafetensorsFile(self.folder / f"{name}.safetensors"), _read_json(self.folder / f"{name}.json")
+        return _opened(self.folder / f"{name}.safetensors"), _read_json(self.folder / f"{name}.json")
 
     def finish_block(self, index: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep a finished block, after the inputs of the next one; it counts as finished when this returns, and its own inputs are deleted."""
@@ -153,7 +153,7 @@ class Inputs(Sequence[Tensor]):
             return [self[b] for b in range(*batch.indices(len(self)))]
         if not 0 <= batch < len(self):
             raise IndexError(batch)
-        return SafetensorsFile(self._folder / f"inputs-{self._index:05}-{self._batches[batch]:05}.safetensors")["hidden"]
+        return _opened(self._folder / f"inputs-{self._index:05}-{self._batches[batch]:05}.safetensors")["hidden"]
 
 
 class FinishedBlocks:
@@ -196,6 +196,21 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise CheckpointError(f"{file} is not JSON ({e}); delete {file.parent} and start again") from e
+
+
+def _opened(file: Path) -> SafetensorsFile:
+    try:
+        return SafetensorsFile(file)
+    except CheckpointError as e:
+        raise CheckpointError(f"{file} of an interrupted run is missing or damaged; delete {file.parent} and start again") from e
+
+
+def _unlike(a: Any, b: Any) -> tuple[Any, Any]:
+    """Of two texts of several lines, such as recipes, the lines that only one of them has; other values as they are."""
+    if not (isinstance(a, str) and isinstance(b, str) and "\n" in a + b):
+        return a, b
+    lines, others = a.splitlines(), b.splitlines()
+    return "\n".join(x for x in lines if x not in others), "\n".join(x for x in others if x not in lines)
 
 
 def _settle(part: Path, file: Path) -> None:

@@ -138,7 +138,7 @@ class Manifest:
         path = folder / MANIFEST
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as e:
+        except (FileNotFoundError, NotADirectoryError) as e:
             raise CheckpointError(f"{folder} is no qcore checkpoint: it has no {MANIFEST}; pass the -o of `qcore quantize`") from e
         except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{path} cannot be read ({e}); it is truncated or corrupt, fetch it again") from e

@@ -8,8 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +20,8 @@ from qcore.errors import QcoreError
 # conditions of the machine, not defects
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MACHINE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+# paths that lead nowhere, though they were looked at: a folder that vanished, a name too long, a file where a folder should be
+_PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE, errno.EIO, errno.EINVAL}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,9 +51,12 @@ def boundary() -> Iterator[None]:
         _say(str(e) or "interrupted")
         raise typer.Exit(130) from None
     except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        if e.errno in _PATHS and e.filename:
+            _say(f"error: {e.strerror}{where}; check the path and the disk, or set QCORE_DEBUG=1 to see where this came from")
+            raise typer.Exit(2) from None
         if e.errno not in _MACHINE:
             raise
-        where = f" ({e.filename})" if e.filename else ""
         step = "free some space, or choose another folder with -o" if e.errno in _FULL else "choose another folder with -o"
         _say(f"error: {e.strerror or e}{where}; nothing was written; {step}")
         raise typer.Exit(2) from None
@@ -58,6 +64,22 @@ def boundary() -> Iterator[None]:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import qcore
+
+    found = [f"qcore {qcore.__version__}", f"python {platform.python_version()}"]
+    for name in ("torch", "transformers"):  # looked up, not imported: that would take seconds
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    print(", ".join(found))
+    raise typer.Exit
 
 
 def build() -> typer.Typer:
@@ -73,7 +95,17 @@ def build() -> typer.Typer:
         # drawing boxes with rich would take the help longer than everything else together
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+    @app.callback()
+    def group(
+        version: Annotated[
+            bool, typer.Option("--version", "-V", callback=_version, is_eager=True, expose_value=True, help="Print the versions and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
     app.command("quantize", short_help="Quantize a model and measure the cost.")(quantize.quantize)
     app.command("plan", short_help="Show what a run would do, without computing.")(plan.plan)
     app.command("eval", short_help="Measure a model or checkpoint on text.")(evaluate.evaluate)
@@ -89,17 +121,21 @@ def build() -> typer.Typer:
     return app
 
 
-_OWN = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
+OWN_COMMANDS = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_at_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    for stream in (sys.stdout, sys.stderr):
+        # a locale without × and │ gets ? for them, not a UnicodeEncodeError after the work
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     # the bars of libraries would run through our own progress
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app = build()
-        if not args or args[0] not in _OWN:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs
+        if not args or args[0] not in OWN_COMMANDS:  # the help lists the plug-ins' commands, and an unknown command may be one of theirs
             _mount_plugins(app)
         app(args=args, prog_name="qcore")
     except SystemExit as e:
@@ -113,6 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return 0
+
+
+def _at_home(arg: str) -> str:
+    """~/x as a shell writes it out, also in --out=~/x, which shells leave alone: a folder called ~ is nobody's wish."""
+    option, equals, path = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return option + equals + (os.path.expanduser(path) if path == "~" or path.startswith("~/") else path)
 
 
 def _mount_plugins(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,7 @@ class Job:
     engine: str | None = None
     tensor_parallel: int = 1
     fresh_proof: bool = False
+    dry_run: bool = False
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -108,10 +109,10 @@ def run_quantize(
 ) -> "Report | None":
     """The main job.  Returns the report that it wrote into `out`; when anything stops it, `out` is as it was.
 
-    None in all processes but the first: they help to quantize, and are done then.
+    None in all processes but the first, which help to quantize and are done then, and of a dry run, which ends before anything is computed.
     """
+    from qcore.cli._data import data_problems
     from qcore.cli._run_folder import running_into
-    from qcore.errors import SpecError
     from qcore.plan import make_plan
     from qcore.reporting import render
 
@@ -129,19 +130,19 @@ def run_quantize(
         tensor_parallel=job.tensor_parallel,
         eval_tokens=job.eval_tokens if job.text.evaluation is not None else 0,
     )
-    plan.require()
+    found = data_problems(loaded, job.recipe, job.text, calibrates=plan.needs_data, eval_tokens=job.eval_tokens, window=job.window)
+    if job.attribute and job.text.evaluation is None:
+        found.append("--attribute cannot be done: there is no evaluation text: pass --eval")
+    if job.attribute and plan.budget is not None and plan.budget.stream:
+        found.append("--attribute cannot be done: this run is streamed, and each module is put back in a whole model in memory")
+    replace(plan, problems=(*plan.problems, *found)).require()
     with job.timed("data"):
         batches = calibration_batches(job, streamed=plan.budget is not None and plan.budget.stream, progress=progress) if plan.needs_data else []
         task = evaluation_task(job)
     show(plan)
+    if job.dry_run:
+        return None
     run = _Run(job, plan, batches, task, progress)
-    if job.attribute and (run.stream or task is None):
-        why = (
-            "this run is streamed, and each module is put back in a whole model in memory"
-            if run.stream
-            else "there is no evaluation text: pass --eval"
-        )
-        raise SpecError(f"--attribute cannot be done: {why}")
     with running_into(out, content_of(job, batches), resume=job.resume, processes=job.processes) as (journal, folder):
         if job.processes.rank:
             run.solved(journal)
@@ -173,11 +174,13 @@ class _Run:
 
     def reference(self, place: Path) -> Any:
         """What the float model puts out; that of an interrupted run is used again."""
+        from qcore.cli._weights import require_finite_floats
         from qcore.evaluation import Reference
         from qcore.evaluation.histograms import Magnitudes, leaves_of, to_data, watching_inputs
         from qcore.pipeline.floats import require_finite_weights
 
         if self.task is None:
+            require_finite_floats(self.job.loaded, self.plan)
             return None
         seen = place / "histograms.json"
         with self.job.timed("reference"):

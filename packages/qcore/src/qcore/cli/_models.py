@@ -58,11 +58,13 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel:
     import torch
 
     from qcore.checkpoint import MANIFEST, Manifest, load
-    from qcore.errors import CheckpointError
+    from qcore.errors import CheckpointError, SpecError
     from qcore.evaluation import Candidate, read_report
     from qcore.modules import serve_in
 
     manifest = Manifest.read(folder)
+    if adapter is not None and manifest.adapter and adapter != manifest.adapter:
+        raise SpecError(f"--adapter {adapter}: {folder} was made with adapter {manifest.adapter!r}, and runs with that alone; leave --adapter out")
     # computed as float models are: what is compared is the quantization, not another rounding of sums
     model = load(folder, registry=own, kernel=kernel)
     serve_in(model, torch.float64 if manifest.dtype == "float64" else torch.float32)
@@ -82,6 +84,53 @@ def _open_checkpoint(folder: Path, own: "Registry", adapter: str | None, kernel:
     source = own.sources[manifest.source]() if manifest.source in own.sources else None
     tokenizer, data = (None, None) if source is None else (source.tokenizer(folder), source.data(folder))
     return Opened(candidate, tokenizer, model, None, data)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before it is in memory.
+
+    vocabulary: how many tokens it knows; None where it reads no text
+    context:    how many tokens it can see, where it says so
+    window:     tokens of one evaluation window, where the user names none
+    weights:    fingerprint of the float weights that it has, or was made from; "" = not looked at
+    """
+
+    name: str
+    vocabulary: int | None
+    context: int | None
+    window: int
+    weights: str = ""
+
+
+def outline_of(uri: str, own: "Registry", adapter: str | None, weights: bool = False) -> Outline:
+    """The outline of a model or checkpoint; whatever is missing, truncated or not installed is an error here, before anything is computed."""
+    from qcore.checkpoint import MANIFEST, Manifest
+    from qcore.checkpoint.load import open_shards, skeleton_of
+    from qcore.cli._options import open_model
+    from qcore.evaluation import default_window
+    from qcore.model.reader import weights_fingerprint
+    from qcore.plan import context_length
+
+    if is_checkpoint(folder := Path(uri)):
+        manifest = Manifest.read(folder)
+        manifest.require(own, str(folder / MANIFEST))
+        open_shards(folder, manifest)
+        model, made_from = skeleton_of(folder, manifest, own), str(manifest.record.get("weights", ""))
+    else:
+        loaded, _ = open_model(uri, own, adapter)
+        model, made_from = loaded.model, weights_fingerprint(loaded.reader) if weights else ""
+    context = context_length(model)
+    return Outline(uri, vocabulary_of(model), context, default_window(sum(p.numel() for p in model.parameters()), context), made_from)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a model knows: what its configuration says, else the rows of its first embedding; None where it has none."""
+    from torch import nn
+
+    if isinstance(said := getattr(getattr(model, "config", None), "vocab_size", None), int):
+        return said
+    return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
 def with_recorded_data(opened: Opened, folder: Path, own: "Registry", text: Path | None) -> Opened:

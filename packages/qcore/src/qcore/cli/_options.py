@@ -1,5 +1,6 @@
 """Options that several commands share, and how they become objects."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,21 +53,61 @@ def with_budget(recipe: str, own: "Registry", overrides: tuple[str, ...], bits: 
     """The overrides with a budget among them; SpecError for a recipe that spends none."""
     if bits is None:
         return overrides
+    from math import isfinite
+
     from qcore.errors import SpecError
     from qcore.recipe_file import load_recipe
 
+    if not isfinite(bits):
+        raise SpecError(f"--bits {bits:g} is no budget; pass a number of bits per weight, such as --bits 3.5")
     allocator = load_recipe(recipe, own, overrides).allocator
     if not hasattr(allocator, "bits"):
         raise SpecError(f"--bits {bits:g}: recipe {recipe!r} has no allocator with a budget; take --recipe mixed, or a recipe for one width")
     return (*overrides, f"allocator.bits={bits}")
 
 
+def with_selector(select: str | None, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The overrides with a selector of calibration text before them, so that they can set its options."""
+    return overrides if select is None else (f"calibration.select.name={select}", *overrides)
+
+
 def open_model(uri: str, own: "Registry", adapter: str | None) -> "tuple[LoadedModel, ModelAdapter]":
     """The model behind an address, and the adapter that understands it."""
+    from qcore.errors import NotFound, SpecError
     from qcore.model import adapter_for, load_source
 
-    loaded = load_source(uri, own.sources)
-    return loaded, adapter_for(loaded.model, own.adapters, adapter)
+    if not uri.strip():
+        raise NotFound(f"the model's address is empty, got {uri!r}; pass a folder, a file, or zoo:tiny-llama")
+    try:
+        loaded = load_source(uri, own.sources)
+    except NotFound as e:
+        if not (hint := _hint(uri)):
+            raise
+        raise NotFound(f"{e}\n{hint}") from e
+    chosen = adapter_for(loaded.model, own.adapters, adapter)
+    if adapter is not None and not chosen.matches(loaded.model):
+        fitting = [name for name, cls in own.adapters.items() if cls().matches(loaded.model)]
+        raise SpecError(
+            f"--adapter {adapter} does not understand {loaded.name}, a {type(loaded.model).__name__}; "
+            f"leave --adapter out, or take {' or '.join(fitting) or 'another model: none of those installed does'}"
+        )
+    return loaded, chosen
+
+
+def _hint(uri: str) -> str:
+    """What a user may have meant by an address that no source takes; "" where nothing comes to mind."""
+    path = Path(uri)
+    if path.is_dir():
+        names = {p.name for p in path.iterdir()}
+        if not names:
+            return f"{uri} is an empty folder"
+        if "config.json" not in names:
+            return f"{uri} holds no config.json, which says what its weights are of: fetch it too, or name the folder that holds it"
+    elif not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", uri):
+        return (
+            f"qcore downloads nothing; if {uri} is a name on the Hugging Face Hub: hf download {uri} --local-dir {path.name}, then pass {path.name}/"
+        )
+    return ""
 
 
 def window_length(window: int | None, model: Any) -> int:

@@ -159,21 +159,27 @@ def _expected(coverage: Mapping[str, Any]) -> str:
 
 def score_name(scores: Mapping[str, float]) -> str:
     """What the task's own score is called."""
+    from qcore.evaluation.report import own_scores
+
     if "accuracy" in scores:
         return "accuracy"
-    return "perplexity" if "perplexity" in scores else "signal to noise"
+    if "perplexity" in scores or "sqnr_db" in scores:
+        return "perplexity" if "perplexity" in scores else "signal to noise"
+    return next(iter(own_scores(scores)), "score")
 
 
 def scores_row(scores: Mapping[str, float]) -> tuple[str, ...]:
     """The task's own score (`score_name`), KL, top-1 agreement as a table shows them."""
+    from qcore.evaluation.report import own_scores
+
     name = score_name(scores)
     if name in scores:
-        own = f"{scores[name]:.2%}" if name == "accuracy" else f"{scores[name]:.3f}"
+        own = f"{scores[name]:.2%}" if name == "accuracy" else f"{scores[name]:.3f}" if name == "perplexity" else own_scores(scores)[name][1]
     else:
         own = f"{scores['sqnr_db']:.1f} dB" if "sqnr_db" in scores else "–"
     error = scores.get("kl_standard_error")
-    kl = f"{scores['kl']:.5f}" + (f" ± {error:.5f}" if error is not None and error == error else "")
-    return own, kl, f"{scores['top1'] * 100:.2f} %"
+    kl = f"{scores['kl']:.5f}" + (f" ± {error:.5f}" if error is not None and error == error else "") if "kl" in scores else "–"
+    return own, kl, f"{scores['top1'] * 100:.2f} %" if "top1" in scores else "–"
 
 
 def _shape(shape: Sequence[int]) -> str:

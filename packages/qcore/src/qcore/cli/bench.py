@@ -1,5 +1,6 @@
 """`qcore bench`: what each kernel makes of a model's own layers on this machine."""
 
+import os
 import platform
 import statistics
 import time
@@ -30,7 +31,10 @@ def bench(
     """
     from qcore.checkpoint import MANIFEST, load
     from qcore.cli._show import print_json, table
-    from qcore.errors import NotFound
+    from qcore.errors import NotFound, SpecError
+
+    if threads > (there := os.cpu_count() or 1):
+        raise SpecError(f"--threads {threads} is more than this machine has, {there}; times would be of threads that wait for one another")
 
     if not (checkpoint / MANIFEST).is_file():
         raise NotFound(f"{checkpoint} is no qcore checkpoint: it has no {MANIFEST}; pass the -o of `qcore quantize`")

@@ -23,6 +23,7 @@ def evaluate(
     """
     from qcore.cli._show import print_json, score_name, scores_row, table
     from qcore.cli.compare import run_compare
+    from qcore.evaluation.report import own_scores
 
     rows = run_compare([reference or model, model] if reference else [model], registry(), text, eval_tokens, window, adapter, kernel)
     row = rows[-1]
@@ -31,5 +32,6 @@ def evaluate(
         return
     own, kl, top1 = scores_row(row.scores)
     against = [(f"KL from {rows[0].name}", kl), ("top-1 agreement", top1)] if reference else []
-    amount = next(name for name in ("tokens", "images", "texts", "rows") if name in row.scores)
-    table(("", row.name), [(score_name(row.scores), own), *against, (amount, str(row.scores[amount]))])
+    further = [(name, now) for name, (_, now) in own_scores(row.scores).items() if name != score_name(row.scores)]
+    amounts = [(name, str(row.scores[name])) for name in ("tokens", "images", "texts", "rows") if name in row.scores][:1]
+    table(("", row.name), [(score_name(row.scores), own), *further, *[line for line in against if line[1] != "–"], *amounts])

@@ -25,9 +25,12 @@ def explain(
 
     if not checkpoint.is_dir():
         raise NotFound(f"{checkpoint} is no folder; pass the -o of `qcore quantize`")
-    rows = [row for row in rows_of(load(checkpoint, registry=registry()), _errors(checkpoint)) if fnmatchcase(row["module"], pattern)]
-    if not rows:
-        raise (NotFound if pattern != "*" else CheckpointError)(f"no quantized module of {checkpoint} matches {pattern!r}")
+    there = rows_of(load(checkpoint, registry=registry()), _errors(checkpoint))
+    if not there:
+        raise CheckpointError(f"{checkpoint} holds no quantized module, so no kernel runs it; quantize with a recipe that names some")
+    if not (rows := [row for row in there if fnmatchcase(row["module"], pattern)]):
+        some = " and ".join(dict.fromkeys((there[0]["module"], there[-1]["module"])))
+        raise NotFound(f"no quantized module of {checkpoint} matches {pattern!r}; they are called {some}, and * stands for any characters")
     if as_json:
         print_json(rows)
         return

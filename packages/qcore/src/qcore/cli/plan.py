@@ -15,11 +15,15 @@ from qcore.cli._options import (
     ModelArg,
     ParallelOption,
     RecipeOption,
+    SelectOption,
     SetOption,
     StreamOption,
+    TokensOption,
+    WindowOption,
     open_model,
     registry,
     with_budget,
+    with_selector,
 )
 
 
@@ -30,6 +34,9 @@ def plan(
     evaluation: EvalOption = None,
     setting: SetOption = None,
     bits: BitsOption = None,
+    select: SelectOption = None,
+    eval_tokens: TokensOption = 4096,
+    window: WindowOption = None,
     adapter: AdapterOption = None,
     max_ram: MaxRamOption = None,
     stream: StreamOption = False,
@@ -44,7 +51,10 @@ def plan(
 
     Example: qcore plan zoo:tiny-llama --recipe w4a16-gptq
     """
+    from dataclasses import replace
+
     from qcore.budget import parse_bytes
+    from qcore.cli._data import data_problems
     from qcore.cli._job import has_data
     from qcore.cli._show import print_json, show_plan
     from qcore.evaluation.data import choose_data
@@ -52,7 +62,8 @@ def plan(
     from qcore.recipe_file import load_recipe
 
     own, limit = registry(), None if max_ram is None else parse_bytes(max_ram)
-    wanted = load_recipe(recipe, own, with_budget(recipe, own, tuple(setting or ()), bits))
+    overrides = with_selector(select, tuple(setting or ()))
+    wanted = load_recipe(recipe, own, with_budget(recipe, own, overrides, bits))
     loaded, chosen = open_model(model, own, adapter)
     text = choose_data(loaded, calib, evaluation)
     made = make_plan(
@@ -65,7 +76,10 @@ def plan(
         stream=stream,
         engine=engine,
         tensor_parallel=tensor_parallel,
+        eval_tokens=eval_tokens if text.evaluation is not None else 0,
     )
+    found = data_problems(loaded, wanted, text, calibrates=made.needs_data, eval_tokens=eval_tokens, window=window)
+    made = replace(made, problems=(*made.problems, *found))
     if as_json:
         print_json(made.to_dict())
         if made.problems:

@@ -31,6 +31,7 @@ from qcore.cli._options import (
     open_model,
     registry,
     with_budget,
+    with_selector,
 )
 
 
@@ -62,7 +63,8 @@ def quantize(
         ),
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run into this folder that was interrupted.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if a run wrote it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and every problem, and stop before anything is computed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, prove that the checkpoint loads, and measure what it cost.
@@ -83,15 +85,15 @@ def quantize(
     limit = None if max_ram is None else parse_bytes(max_ram)
     with of_this_run() as processes:
         first = processes.rank == 0
-        if processes.agreed(first and check_target(out, force=force, resume=resume)):
+        inputs = [Path(name) for name in (model, recipe, calib, evaluation) if name is not None]
+        if processes.agreed(first and check_target(out, force=force, resume=resume, inputs=inputs)):
             if first:
                 shutil.rmtree(run_folder(out), ignore_errors=True)
                 remark(f"{out}/ is finished; nothing was left to do")
             return
         meter = MemoryMeter()
         own = registry()
-        overrides = (*((f"calibration.select.name={select}",) if select else ()), *(setting or ()))
-        overrides = with_budget(recipe, own, overrides, bits)
+        overrides = with_budget(recipe, own, with_selector(select, tuple(setting or ())), bits)
         wanted = load_recipe(recipe, own, overrides)
         started = time.perf_counter()
         with meter.during("load"):
@@ -119,6 +121,7 @@ def quantize(
                 engine=engine,
                 tensor_parallel=tensor_parallel,
                 fresh_proof=fresh_proof,
+                dry_run=dry_run,
             )
             report = run_quantize(job, out, report_progress, lambda plan: show_plan(plan, stderr=as_json) if first else None)
         if report is None:

@@ -18,7 +18,6 @@ def list_recipes(as_json: JsonOption = False) -> None:
     import tomllib
 
     from qcore.cli._show import print_json, table
-    from qcore.errors import SpecError
 
     own = registry()
     rows = []
@@ -26,7 +25,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
         try:
             description = tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
         except (OSError, ValueError) as e:
-            raise SpecError(f"recipe {name!r} at {path} cannot be read: {e}; reinstall {own.recipes.origin[name]}") from e
+            description = f"cannot be read: {e}; mend {path}, or reinstall {own.recipes.origin[name]}"
         rows.append({"name": name, "description": description, "from": own.recipes.origin[name], "path": str(path)})
     if as_json:
         print_json(rows)

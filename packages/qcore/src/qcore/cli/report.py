@@ -16,6 +16,7 @@ def report(
 
     Example: qcore report out/
     """
+    from qcore.cli._files import write_whole
     from qcore.errors import SpecError
     from qcore.evaluation import read_report
     from qcore.reporting import render
@@ -23,7 +24,7 @@ def report(
     data = read_report(checkpoint)
     path = out or checkpoint / "report.html"
     try:
-        path.write_text(render(data), encoding="utf-8")
+        write_whole(path, render(data))
     except OSError as e:
         raise SpecError(f"{path} cannot be written ({e.strerror}); name another file with --out") from e
     except (KeyError, TypeError, ValueError, AttributeError) as e:

@@ -1,6 +1,7 @@
 """`qcore verify`: whether a checkpoint is whole, and whether its recipe makes the same bytes again."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,33 +87,60 @@ def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | N
     from qcore.checkpoint import Manifest
     from qcore.cli._job import Job, run_quantize
     from qcore.cli._progress import progress
-    from qcore.errors import CheckpointError
+    from qcore.errors import CheckpointError, NotFound
     from qcore.evaluation import choose_data
+    from qcore.model.reader import weights_fingerprint
     from qcore.recipe_file import parse_recipe
 
     manifest = Manifest.read(folder)
     record = manifest.record
     if missing := [key for key in ("toml", "recipe", "threads", "weights") if key not in record]:
         raise CheckpointError(f"{folder} does not record how it was made ({', '.join(missing)} is missing); it was written by an older qcore")
-    loaded, adapter = open_model(model or str(record["model"]), own, manifest.adapter or None)
+    try:
+        loaded, adapter = open_model(model or str(record["model"]), own, manifest.adapter or None)
+    except NotFound as e:
+        if model is not None:
+            raise
+        raise NotFound(
+            f"{folder} was made from {record['model']!r}, as seen from where that run was started; pass --model where it is now\n{e}"
+        ) from e
     recipe = parse_recipe(str(record["toml"]), own, str(record["recipe"]))
     text = replace(choose_data(loaded, calib, evaluation), evaluation=None)
+    check_inputs(folder, record, {"weights": weights_fingerprint(loaded.reader), **calibration_of(loaded, recipe, text, record)})
     torch.set_num_threads(int(record["threads"]))
     job = Job(loaded, recipe, adapter, own, text, uri=str(record["model"]))
     with tempfile.TemporaryDirectory() as scratch, progress() as report:
         again = Path(scratch) / "again"
         run_quantize(job, again, report)
         made = Manifest.read(again).record
-        if unlike := [k for k in ("weights", "calibration_sha256") if made.get(k) != record.get(k)]:
-            raise CheckpointError(
-                f"{folder} was made of other {' and '.join(unlike)}: {record.get(unlike[0])}, now {made.get(unlike[0])}; "
-                "pass the --model and --calib that it was made with"
-            )
+        check_inputs(folder, record, {k: made.get(k) for k in ("weights", "calibration_sha256")})
         names = sorted({p.name for f in (folder, again) for p in f.iterdir()} - set(NOT_PROMISED))
         differing = [n for n in names if not _same(folder / n, again / n)]
     if differing:
         raise CheckpointError(f"{folder} was not reproduced: {', '.join(differing)} came out different; are machine and versions the same?")
     return len(names)
+
+
+def check_inputs(folder: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """CheckpointError where a run has other inputs than the recorded one."""
+    from qcore.errors import CheckpointError
+
+    if unlike := [k for k in now if now[k] != record.get(k)]:
+        raise CheckpointError(
+            f"{folder} was made of other {' and '.join(unlike)}: {record.get(unlike[0])}, now {now[unlike[0]]}; "
+            "pass the --model and --calib that it was made with"
+        )
+
+
+def calibration_of(loaded: Any, recipe: Any, text: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The hash of the calibration windows, where it is known before the run: of a text that is there, and that the recorded run looked at."""
+    from qcore.calibration.text import data_hash
+    from qcore.evaluation import TextPair, inputs_of
+
+    if not isinstance(text, TextPair) or text.calibration is None or recipe.calibration.source is not None or not record.get("calibration_sha256"):
+        return {}
+    batches = text.calibration.batches(loaded.tokenizer, recipe.calibration)
+    return {"calibration_sha256": data_hash(*(t for batch in batches for t in inputs_of(batch)))}
 
 
 def _same(a: Path, b: Path) -> bool:

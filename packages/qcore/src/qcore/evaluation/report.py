@@ -128,12 +128,28 @@ def _quality_lines(scores: Mapping[str, float]) -> list[tuple[str, str, str]]:
         error = scores.get("accuracy_change_standard_error", math.nan)
         sure = "" if math.isnan(error) else f" ± {100 * error:.2f}"
         lines.append(("accuracy", f"{scores['accuracy_reference']:.2%}", f"{scores['accuracy']:.2%} ({100 * change:+.2f}{sure} points)"))
-    error = scores.get("kl_standard_error", math.nan)
-    lines.append(("KL divergence", "0", f"{scores['kl']:.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")))
-    lines.append(("top-1 agreement", "100 %", f"{scores['top1'] * 100:.2f} %"))
+    if "kl" in scores:
+        error = scores.get("kl_standard_error", math.nan)
+        lines.append(("KL divergence", "0", f"{scores['kl']:.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")))
+    if "top1" in scores:
+        lines.append(("top-1 agreement", "100 %", f"{scores['top1'] * 100:.2f} %"))
     if "sqnr_db" in scores:
         lines.append(("signal to noise", "", f"{scores['sqnr_db']:.1f} dB"))
-    return lines
+    return lines + [(name.replace("_", " "), was, now) for name, (was, now) in own_scores(scores).items()]
+
+
+# scores that tables have words for, and what stands beside them
+_WORDED = {"perplexity", "accuracy", "accuracy_change_standard_error", "kl", "kl_standard_error", "top1", "sqnr_db", "lost", "gained"}
+
+
+def own_scores(scores: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """Scores that only their task knows, name → (float model, quantized model) in words; whole numbers are counts, and are left out.
+
+    The float model's is the score `name_reference`, "" where there is none.
+    """
+    real = {name: f"{value:.6g}" for name, value in scores.items() if isinstance(value, float) and name.removesuffix("_reference") not in _WORDED}
+    own = [name for name in real if name.removesuffix("_reference") == name or name.removesuffix("_reference") not in real]
+    return {name: (real.get(f"{name}_reference", ""), real[name]) for name in own}
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -11,10 +11,12 @@ a shelf holds never depends on which shelf was opened first.
 
 import difflib
 import importlib
+import importlib.util
 import os
+import sys
 import traceback as tracebacks
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import Distribution, EntryPoint, distributions
@@ -27,12 +29,13 @@ import pluggy
 from qcore.errors import PluginError
 from qcore.plugins import hookspecs
 from qcore.plugins.hookspecs import KINDS, PLUGIN_API
-from qcore.plugins.shelf import Shelf, plain
+from qcore.plugins.shelf import BUILTIN, Shelf, plain
 
 GROUP = "qcore"
-BUILTIN = "qcore"  # the origin of built-ins; plug-ins are registered as "distribution:entry-point", so none can take its place
 BUILTIN_MODULE = "qcore.builtin"  # imported by name, for this room is below every room whose classes it hands in
 VARIABLE = "QCORE_PLUGINS"
+# they take so long to import that a command which needs none of them must not wait
+HEAVY = ("torch", "transformers", "timm", "scipy", "pandas", "sklearn")
 
 
 class PluginWarning(UserWarning):
@@ -45,6 +48,7 @@ class PluginRecord:
 
     status: ok · disabled (QCORE_PLUGINS leaves it out) · failed · incompatible (written for a newer plug-in API) · duplicate (name taken)
     hooks:  the hooks it implements, known once it is imported
+    heavy:  large libraries that the import of its module alone brought in; every command waits for them
     error:  one line; `traceback` holds the rest
     """
 
@@ -55,6 +59,7 @@ class PluginRecord:
     status: Literal["ok", "disabled", "failed", "incompatible", "duplicate"] = "ok"
     api: str = PLUGIN_API
     hooks: tuple[str, ...] = ()
+    heavy: tuple[str, ...] = ()
     error: str = ""
     traceback: str = ""
 
@@ -130,8 +135,10 @@ class Registry:
 
     def _load(self, record: PluginRecord, entry: EntryPoint) -> PluginRecord:
         """Import and register one plug-in; what is wrong with it comes back in the record."""
+        before = set(sys.modules)
         try:
-            module = entry.load()
+            module = _imported(entry)
+            record = replace(record, heavy=tuple(name for name in HEAVY if name in sys.modules and name not in before))
             api = getattr(module, "QCORE_PLUGIN_API", PLUGIN_API)
             record = replace(record, api=str(api))
             if _major(api) > _major(PLUGIN_API):
@@ -148,7 +155,7 @@ class Registry:
         return record
 
     def _fill(self, kind: str) -> Shelf[Any]:
-        """Open the shelf of one kind: built-ins first, so that a clash reads "qcore and …", then plug-ins by name."""
+        """Open the shelf of one kind: built-ins first, which keep their names, then plug-ins by name."""
         if not self._manager.has_plugin(BUILTIN):
             self._manager.register(importlib.import_module(BUILTIN_MODULE), name=BUILTIN)
         shelf: Shelf[Any] = Shelf(kind, self._absent)
@@ -164,7 +171,10 @@ class Registry:
                     self._note(_failed(self._records[key], e, f"in {hook}, "))
                     continue
                 for name, item in pairs:
+                    # plug-ins are registered as "distribution:entry-point", so none can take the built-ins' key
                     shelf.add(name, item, BUILTIN if key == BUILTIN else self._records[key].distribution)
+        for name, origins in shelf.refused.items():
+            _warn(f"{' and '.join(origins)} brings a {kind.removesuffix('s')} {name!r}, which qcore has already; qcore's own is used")
         return shelf
 
     def _note(self, record: PluginRecord) -> None:
@@ -217,8 +227,22 @@ def _check_hook_names(module: ModuleType, strangers: Iterable[pluggy.HookCaller]
             raise PluginError(f"its {hook} is never called, for it has no mark; put @hookimpl above it (from qcore.plugins import hookimpl)")
 
 
-def _named(kind: str, items: Iterable[Any]) -> list[tuple[str, Any]]:
+def _imported(entry: EntryPoint) -> Any:
+    """What an entry point names; PluginError where it points nowhere, which is not the same as a library that is missing."""
+    try:
+        return entry.load()
+    except ModuleNotFoundError as e:
+        if e.name and f"{entry.module}.".startswith(f"{e.name}."):
+            said = f'{entry.name} = "{entry.value}"'
+            raise PluginError(f"its entry point {said} names a module that is not there; mend it in pyproject.toml, and install it anew") from e
+        raise
+
+
+def _named(kind: str, items: Any) -> list[tuple[str, Any]]:
     """(name, item) of all that one hook returned; PluginError for one that has no name."""
+    if not isinstance(items, Iterable) or isinstance(items, str | Mapping | type):
+        what = "paths" if kind == "recipes" else "functions" if kind == "commands" else "classes"
+        raise PluginError(f"it returned {items!r}; return a list of {what}")
     if kind == "recipes":
         return [(path.stem, path) for item in items for path in _recipe_files(Path(item))]
     pairs = []
@@ -246,7 +270,7 @@ def _recipe_files(path: Path) -> list[Path]:
 
 def _failed(record: PluginRecord, e: BaseException, where: str = "") -> PluginRecord:
     """The record with one more error; an earlier one stays before it."""
-    error = "; ".join(filter(None, [record.error, where + _line(e)]))
+    error = "; ".join(filter(None, [record.error, where + _line(e) + _place(e, record.module)]))
     return replace(record, status="failed", error=error, traceback=record.traceback + "".join(tracebacks.format_exception(e)))
 
 
@@ -254,6 +278,20 @@ def _line(e: BaseException) -> str:
     """Type and message on one line; of our own errors the message alone."""
     message = " ".join(str(e).split())
     return message if isinstance(e, PluginError) else f"{type(e).__name__}: {message}"
+
+
+def _place(e: BaseException, module: str) -> str:
+    """Where in the plug-in's own files it went wrong: " (ternary.py, line 3)"; "" for our own errors, and where no frame is its own."""
+    if isinstance(e, PluginError | SyntaxError):
+        return ""
+    try:
+        own = importlib.util.find_spec(module.partition(":")[0].partition(".")[0])
+    except (ImportError, ValueError):  # it took itself out of sys.modules, or left no spec there
+        return ""
+    root = Path(own.origin) if own and own.origin else None
+    folder = root.parent if root and root.name == "__init__.py" else root
+    frames = [f for f in tracebacks.extract_tb(e.__traceback__) if folder and Path(f.filename).is_relative_to(folder)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _major(api: object) -> int:

@@ -1,25 +1,29 @@
 """One kind of thing by name, and what to say when the name is not there."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from qcore.errors import NotFound, PluginError
 
 T = TypeVar("T")
+BUILTIN = "qcore"  # the origin of built-ins
 
 
 class Shelf(Mapping[str, T]):
     """What there is of one kind, by name; names are compared in lower case.
 
     origin:    name → distribution that brought it, "qcore" for built-ins
-    conflicts: name → the distributions that bring different things under it.  Such a name is on no shelf: asking for it raises PluginError.
+    conflicts: name → the plug-ins that bring different things under it.  Such a name is on no shelf: asking for it raises PluginError.
+    refused:   name of a built-in → the plug-ins that bring something else under it, which is left out: no plug-in takes away what is there without it
     """
 
     def __init__(self, kind: str, absent: Callable[[], list[str]]) -> None:
         self.kind = kind
         self.origin: dict[str, str] = {}
         self.conflicts: dict[str, tuple[str, ...]] = {}
+        self.refused: dict[str, tuple[str, ...]] = {}
         self._items: dict[str, T] = {}
         self._absent = absent  # the plug-ins that did not load, in words: the name asked for may be one of theirs
 
@@ -29,7 +33,11 @@ class Shelf(Mapping[str, T]):
             self.conflicts[name] += (origin,)
         elif name not in self._items:
             self._items[name], self.origin[name] = item, origin
-        elif self._items[name] != item:
+        elif self._items[name] == item:
+            return
+        elif self.origin[name] == BUILTIN:
+            self.refused[name] = (*self.refused.get(name, ()), origin)
+        else:
             del self._items[name]
             self.conflicts[name] = (self.origin.pop(name), origin)
 
@@ -44,7 +52,8 @@ class Shelf(Mapping[str, T]):
                 f"{what} {name!r} is given by {both}, and they differ; rename one, uninstall one, "
                 f"or leave one out with QCORE_PLUGINS=<the plug-ins you want, with commas between>"
             )
-        near = difflib.get_close_matches(name, self._items, n=3)
+        # "rtn" is far from "w4a16-rtn" by letters, and yet what was meant
+        near = difflib.get_close_matches(name, self._items, n=3) or sorted(n for n in self._items if name and name in re.split(r"\W+", n))[:3]
         have = ", ".join(f"{n} ({self.origin[n]})" for n in sorted(self._items)) or "none"
         lines = [f"no {what} named {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")]
         lines += [f"there is: {have}", *self._absent()]

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from qcore.evaluation.report import megabytes
+from qcore.evaluation.report import megabytes, own_scores
 from qcore.reporting import charts
 from qcore.reporting.svg import STYLE, number
 
@@ -66,6 +66,7 @@ def _cards(report: Mapping[str, Any]) -> str:
         cards.append((f"{scores['top1']:.2%}", "of outputs put the same entry first"))
     if "sqnr_db" in scores and scores["sqnr_db"] is not None:
         cards.append((f"{scores['sqnr_db']:.1f} dB", "signal to noise of the outputs"))
+    cards += [(now, name.replace("_", " ") + (f", was {was}" if was else "")) for name, (was, now) in own_scores(scores).items()]
     return (
         '<div class="cards">'
         + "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)

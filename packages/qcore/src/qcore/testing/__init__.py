@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcore.testing.conformance import (
         check_adapter,
+        check_allocator,
+        check_block_solver,
         check_format,
         check_kernel,
         check_module,
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
         check_packing,
         check_selector,
         check_solver,
+        check_source,
+        check_task,
         check_transform,
         fit_transform,
     )
 
 __all__ = [
     "check_adapter",
+    "check_allocator",
+    "check_block_solver",
     "check_format",
     "check_kernel",
     "check_module",
@@ -32,6 +38,8 @@ __all__ = [
     "check_packing",
     "check_selector",
     "check_solver",
+    "check_source",
+    "check_task",
     "check_transform",
     "fit_transform",
 ]

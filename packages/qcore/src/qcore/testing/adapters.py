@@ -1,7 +1,10 @@
 """`check_adapter`: links are tested, not believed."""
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from qcore.model.adapter import Batch, ModelAdapter, tied_names
 from qcore.model.layers import layout
 from qcore.model.reader import DictReader
 from qcore.model.tap import Tap, attach, running
-from qcore.model.topology import Invariance, Link, Port, Site, Topology, covered_axes
+from qcore.model.topology import Block, Invariance, Link, Port, Site, Topology, covered_axes
+from qcore.testing.contract import by_itself, calls, check_named
 from qcore.transforms.apply import apply_rewrite
 from qcore.transforms.fold_norm import FoldNorm
 from qcore.transforms.rewrite import Rewrite, cut_ties, owner_of, permute_link, rotate_link, scale_classes, scale_link, through_ports
@@ -34,11 +38,13 @@ def check_adapter(adapter: ModelAdapter, model: nn.Module, batch: Batch, *, rtol
     - every link leaves the outputs alone under a random T of every invariance that it claims: positive scales (shared where RoPE pairs channels),
       permutations inside heads, a rotation for each head (with the norms in `through` folded);
     - and the same T on the writing side alone does change them, so that a link on dead parameters is found;
-    - every site exists, and its tap or hook fires in one forward pass.
+    - every site exists, and its tap or hook fires in one forward pass, blocks and stages in the order given, each block on what the last one put out;
+    - and the topology is found without weights too, on meta, where plans are made.
     """
-    assert adapter.matches(model), f"{adapter.name}: matches() is False for the {type(model).__name__} it is to be checked with"
+    name = check_named(adapter, "adapter", "matches", "topology", "prepare", "outputs", "context")
+    _check_matches(adapter, model, name)
     twin = _prepared(adapter, model, batch, rtol)
-    topology = adapter.topology(twin)
+    topology = _topology(adapter, twin, name)
     x = to_double(batch)
     _check_ports(topology, twin)
     _check_covered(topology, twin)
@@ -69,6 +75,39 @@ def to_double(batch: Any) -> Any:
     return batch
 
 
+class _Stranger(nn.Module):
+    """A model of no family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strange = nn.Parameter(torch.ones(2))
+
+
+def _check_matches(adapter: ModelAdapter, model: nn.Module, name: str) -> None:
+    with calls(f"{name}: matches"):
+        assert adapter.matches(model), f"{name}: matches() is False for the {type(model).__name__} it is to be checked with"
+    with calls(f"{name}: matches, asked about a model of another family,"):
+        assert not adapter.matches(_Stranger()), f"{name}: matches() takes a model without a single layer; it would take every family's models"
+
+
+def _topology(adapter: ModelAdapter, model: nn.Module, name: str) -> Topology:
+    with by_itself(f"{name}: topology"):
+        topology = adapter.topology(model)
+    assert isinstance(topology, Topology), f"{name}: topology() returned {topology!r:.100}; return a Topology"
+    assert topology.blocks, f"{name}: the topology has no blocks, so there is nothing to quantize"
+    for block in topology.blocks:
+        well = isinstance(block.stages, tuple) and all(isinstance(s, tuple) and all(isinstance(x, Site) for x in s) for s in block.stages)
+        assert well, f"{name}: the stages of block {block.module!r} are tuples of sites, ((Site(…), Site(…)), (Site(…),)), got {block.stages!r:.200}"
+    twice = [str(site) for site, count in Counter(topology.sites).items() if count > 1]
+    assert not twice, f"{name}: site {twice[0]} stands in the topology twice"
+    with calls(f"{name}: topology of a model on meta, where plans are made,"):
+        bare = adapter.topology(copy.deepcopy(model).to("meta"))
+    assert bare.blocks == topology.blocks and bare.links == topology.links, (
+        f"{name}: the topology of the model on meta is another one; it hangs on weights"
+    )
+    return topology
+
+
 def deviation(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest magnitude of `b`."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
@@ -77,13 +116,17 @@ def deviation(a: Tensor, b: Tensor) -> float:
 def _prepared(adapter: ModelAdapter, model: nn.Module, batch: Batch, rtol: float) -> nn.Module:
     twin = copy.deepcopy(model).double().eval()
     before = outputs(adapter, twin, to_double(batch))
+    assert isinstance(before, Tensor), (
+        f"{adapter.name}: outputs() gives a {type(before).__name__}; return the one tensor by which models are compared"
+    )
     assert torch.isfinite(before).all(), f"{adapter.name}: the float model's outputs are not finite; give the tiny model other weights"
     assert torch.equal(before, outputs(adapter, twin, to_double(batch))), (
         f"{adapter.name}: two forward passes give different outputs; switch dropout and other chance off in prepare() or outputs()"
     )
     names = set(twin.state_dict())
-    adapter.prepare(twin)
-    assert names == set(twin.state_dict()), f"{adapter.name}: prepare() renamed or lost {sorted(names ^ set(twin.state_dict()))[:3]}"
+    with calls(f"{adapter.name}: prepare"):
+        adapter.prepare(twin)
+    assert names == set(twin.state_dict()), f"{adapter.name}: prepare() renamed, lost or added {sorted(names ^ set(twin.state_dict()))[:3]}"
     gap = deviation(outputs(adapter, twin, to_double(batch)), before)
     assert gap <= rtol, f"{adapter.name}: prepare() changed the outputs by {gap:.2g}; the mixer that it puts in is not equal to the family's own"
     return twin
@@ -148,6 +191,67 @@ class _Fired(Tap):
         return x
 
 
+class _Passes:
+    """Which block ran when, for the first time, on what, and what came out."""
+
+    def __init__(self, topology: Topology, model: nn.Module) -> None:
+        self.ran: dict[str, tuple[Any, Any]] = {}  # in the order in which blocks end
+        for block in topology.blocks:
+            model.get_submodule(block.module).register_forward_hook(partial(self._block, block.module), with_kwargs=True)
+
+    def _block(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        self.ran.setdefault(path, (given, output[0] if isinstance(output, tuple | list) else output))
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        order = [b.module for b in blocks if b.module in self.ran]
+        assert list(self.ran) == order, f"blocks run in the order {', '.join(list(self.ran)[:4])} …, the topology has {', '.join(order[:4])} …"
+        for one, other in pairwise(b for b in blocks if b.feed == "previous" and b.module in self.ran):
+            out, given = self.ran[one.module][1], self.ran[other.module][0]
+            same = isinstance(out, Tensor) and isinstance(given, Tensor) and out.shape == given.shape and torch.equal(out, given)
+            assert same, (
+                f"block {other.module!r} does not read what block {one.module!r} puts out, which feed='previous' says; "
+                "name larger modules as blocks, or say feed='rerun' for all"
+            )
+
+
+def _check_stages(adapter: ModelAdapter, topology: Topology, model: nn.Module, batch: Batch) -> None:
+    """No stage reads what a later one puts out: its inputs stay when later matrices change.  Of the first block and the last.
+
+    Element-wise weights may come last, whoever reads them: they are small, and solved best on what the solved matrices give them.
+    """
+    for block in dict.fromkeys((topology.blocks[0], topology.blocks[-1])):
+        inputs = _inputs(adapter, block, copy.deepcopy(model), batch)
+        for late in range(1, len(block.stages)):
+            changed = copy.deepcopy(model)
+            early = [site for stage in block.stages[:late] for site in stage if site in inputs]
+            with torch.no_grad():
+                for param in {site.param for site in block.stages[late]} - {site.param for site in early}:
+                    if (tensor := _tensors(changed)[param]).squeeze().ndim > 1:
+                        tensor.mul_(1.5)
+            moved = _inputs(adapter, block, changed, batch)
+            for site in early:
+                i = next(i for i, stage in enumerate(block.stages) if site in stage)
+                assert torch.equal(moved[site], inputs[site]), (
+                    f"block {block.module!r}: {site} of stage {i} reads what stage {late} puts out; give stages in the order in which they run"
+                )
+
+
+def _inputs(adapter: ModelAdapter, block: Block, model: nn.Module, batch: Batch) -> dict[Site, Tensor]:
+    """What went first into each module of the block's sites that is called with a tensor."""
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen.setdefault(site, args[0].clone())
+
+    for site in block.sites:
+        if site.part is None:
+            model.get_submodule(site.module).register_forward_pre_hook(partial(keep, site))
+    outputs(adapter, model, batch)
+    return seen
+
+
 def _check_sites(adapter: ModelAdapter, topology: Topology, model: nn.Module, batch: Batch) -> None:
     probe = copy.deepcopy(model)
     counts: dict[str, Callable[[], int]] = {}
@@ -159,12 +263,18 @@ def _check_sites(adapter: ModelAdapter, topology: Topology, model: nn.Module, ba
         except QcoreError as e:
             raise AssertionError(f"site {site}: {e}") from e
     for block in topology.blocks:
-        probe.get_submodule(block.module)
+        try:
+            probe.get_submodule(block.module)
+        except AttributeError:
+            raise AssertionError(f"block {block.module!r}: the model has no such module") from None
         for site in block.sites:
             assert not block.module or f"{site.module}.".startswith(f"{block.module}."), f"site {site} does not lie in its block {block.module!r}"
     for site in dict.fromkeys([*(s.input for s in topology.sites), *topology.activations]):
         counts[str(site)] = _watch(site, probe)
+    passes = _Passes(topology, probe)
     outputs(adapter, probe, batch)
+    passes.check(topology.blocks)
+    _check_stages(adapter, topology, model, batch)
     silent = [name for name, count in counts.items() if not count()]
     assert not silent, (
         f"{len(silent)} sites were not reached in one forward pass: {', '.join(silent[:4])}; a mixer that reads weights directly needs tap() "

@@ -1,0 +1,62 @@
+"""`tools/bench/cells.py`: cells that are missing are computed, written whole, and not computed again."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "tools" / "bench"
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCH)
+    import cells
+
+    yield cells
+    for name in ("cells", "evidence"):
+        sys.modules.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    folder: str
+    recipe: str = "w4a16-gptq"
+
+    @property
+    def file(self) -> Path:
+        return Path(self.folder) / f"{self.name}.json"
+
+
+def test_missing_cells_are_computed_once(cells: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = [Cell(name, str(tmp_path)) for name in ("one", "two", "bad", "three")]
+    asked, finished = [], []
+
+    def measure(cell: Cell) -> dict[str, Any]:
+        asked.append(cell.name)
+        if cell.name == "bad":
+            raise subprocess.CalledProcessError(1, "bad", stderr="the reason")
+        return {"scores": {"kl": 0.5}}
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["evidence_x.py", *argv])
+        return cells.compute("What it is.", matrix, measure, lambda result: f"KL {result['scores']['kl']}", finished.append)
+
+    assert run("--list") == 0 and capsys.readouterr().out.split() == ["one", "two", "bad", "three"]
+    assert not asked and not finished
+    assert run("--only", "t", "--limit", "1") == 0 and asked == ["two"] and len(finished) == 1
+    assert run() == 1 and asked == ["two", "one", "bad", "three"]
+    said = capsys.readouterr().err
+    assert "bad: failed\nthe reason" in said and "three: KL 0.5" in said
+    kept = json.loads((tmp_path / "one.json").read_text())
+    assert kept["cell"]["name"] == "one" and kept["scores"] == {"kl": 0.5} and kept["code"]
+    assert any(f.endswith("w4a16-gptq.toml") for f in kept["files"])
+    assert not list(tmp_path.glob("*.part"))
+    asked.clear()
+    assert run() == 1 and asked == ["bad"]
+    assert run("--table") == 0 and asked == ["bad"]
