@@ -29,10 +29,15 @@ def check_named(thing: Any, what: str, *methods: str) -> str:
 
 
 @contextmanager
-def calls(what: str) -> Iterator[None]:
-    """Around a call into the thing that is checked: what it raises becomes a sentence that names it, with the exception itself below."""
+def calls(what: str, refusal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Around a call into the thing that is checked: what it raises becomes a sentence that names it, with the exception itself below.
+
+    refusal: what it may say for itself, and is left as it is
+    """
     try:
         yield
+    except refusal:
+        raise
     except Exception as e:
         if isinstance(e, AssertionError) and str(e):
             raise
@@ -40,10 +45,10 @@ def calls(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def by_itself(what: str) -> Iterator[None]:
+def by_itself(what: str, refusal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """As `calls`; besides, no global generator of random numbers may have moved: neither drawn from nor seeded."""
     before = _generators()
-    with calls(what):
+    with calls(what, refusal):
         yield
     moved = [name for name, state in _generators().items() if not _equal(state, before[name])]
     assert not moved, (

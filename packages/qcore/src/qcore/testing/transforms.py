@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.calibration.observer import Observer
+from qcore.errors import SpecError
 from qcore.model.adapter import Batch, ModelAdapter, tied_names
 from qcore.model.layers import layout
 from qcore.model.reader import DictReader, TensorReader
@@ -103,7 +104,7 @@ def fit_transform(
             wishes = transform.wants(piece, here)
         _check_wishes(wishes, model, name)
         seen = observe(adapter, model, wishes, batches)
-        with by_itself(f"{name}: fit"):
+        with by_itself(f"{name}: fit", SpecError):
             found = transform.fit(piece, here, seen, model, reader)
         assert isinstance(found, Rewrite), f"{name}: fit() returned {found!r:.100}; return a Rewrite, an empty one where there is nothing to do"
         rewrite = rewrite.then(found)
