@@ -76,8 +76,8 @@ class ILLM(Lowering):
             blocks.append(IntegerBlock(norms[0], attention, norms[1], mlp, w))
         outer = [IntegerLinear(dyadic_weight(self._outside(model.get_submodule(p)), p), w.outside) for p in ("model.embed_tokens", "lm_head")]
         positions = self.positions or int(getattr(model.config, "max_position_embeddings", 2048))
-        tables = [_int16(t) for t in rotary_tables(model, positions)]
-        return IntegerDecoder(outer[0], blocks, self._norm(model.get_submodule("model.norm"), "model.norm"), outer[1], *tables, w).eval()
+        cos, sin = (_int16(t) for t in rotary_tables(model, positions))
+        return IntegerDecoder(outer[0], blocks, self._norm(model.get_submodule("model.norm"), "model.norm"), outer[1], cos, sin, w).eval()
 
     def _norm(self, norm: nn.Module, where: str) -> IntegerNorm:
         eps, gain = eps_of(norm), norm.get_parameter("weight").detach().double()
