@@ -10,6 +10,7 @@ from evidence import fresh
 
 TOOLKITS = {  # by the name of the function in peers/run_peer.py
     "qcore-gptq": "qcore",
+    "qcore-signround": "qcore",
     "hqq": "HQQ",
     "torchao": "torchao",
     "torchao-hqq": "torchao",
