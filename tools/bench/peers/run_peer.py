@@ -349,7 +349,7 @@ def torchao(a, name):
 
 
 # ---------------------------------------------------------------- qcore itself, in the repository's own environment
-@peer("qcore-gptq", "qcore-awq", "qcore-rtn")
+@peer("qcore-gptq", "qcore-awq", "qcore-rtn", "qcore-signround")
 def qcore(a, name):
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     import evidence
@@ -365,34 +365,12 @@ def qcore(a, name):
     adapter = adapter_for(loaded.model, registry.adapters)
     stem = "w4a16-" + name.removeprefix("qcore-")
     recipe = load_recipe(stem, registry, (f"rules.0.format.bits={a.bits}", f"rules.0.granularity.size={a.group}"))
-    batches = to_batches(a.ids, 8) + start_batches(a.ids, recipe.calibration.starts, recipe.calibration.starts_weight, 0)
+    size = 4 if recipe.block_solver else 8  # windows in a batch: a step of the learning takes one batch, and costs half as much with 4
+    batches = to_batches(a.ids, size) + start_batches(a.ids, recipe.calibration.starts, recipe.calibration.starts_weight, 0)
     with Meter() as t:  # reading the weights is inside: qcore reads them block by block
         q = quantize_model(loaded, recipe, batches, registry=registry, adapter=adapter)
     out = {n + ".weight": m.dequantize() for n, m in q.model.named_modules() if isinstance(m, StoredWeight)}
     return {"weights": out, "meter": t, "sym": True, "files": evidence.code_files(stem)}
-
-
-@peer("qcore-signround")
-def qcore_signround(a, name):
-    """As qcore above, in batches of 4 windows: a step of the learning costs half as much."""
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    import evidence
-    from qcore.calibration.text import start_batches, to_batches
-    from qcore.model import adapter_for, load_source
-    from qcore.modules.stored import StoredWeight
-    from qcore.pipeline import quantize_model
-    from qcore.plugins import load_registry
-    from qcore.recipe_file import load_recipe
-
-    registry = load_registry()
-    loaded = load_source(str(a.model), registry.sources)
-    adapter = adapter_for(loaded.model, registry.adapters)
-    recipe = load_recipe("w4a16-signround", registry, (f"rules.0.format.bits={a.bits}", f"rules.0.granularity.size={a.group}"))
-    batches = to_batches(a.ids, 4) + start_batches(a.ids, recipe.calibration.starts, recipe.calibration.starts_weight, 0)
-    with Meter() as t:
-        q = quantize_model(loaded, recipe, batches, registry=registry, adapter=adapter)
-    out = {n + ".weight": m.dequantize() for n, m in q.model.named_modules() if isinstance(m, StoredWeight)}
-    return {"weights": out, "meter": t, "sym": True, "files": evidence.code_files("w4a16-signround")}
 
 
 # ---------------------------------------------------------------- optimum-quanto
