@@ -66,7 +66,7 @@ def gradients(made: GSQLinear, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, T
 
 def model(cls: str = "Llama", **changes) -> nn.Module:
     """Lively random weights in float32."""
-    own = getattr(transformers, f"{cls}ForCausalLM")
+    own = getattr(transformers, cls if cls.endswith("Model") else f"{cls}ForCausalLM")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         made = own(own.config_class(**(SMALL | changes))).float().eval().requires_grad_(False)

@@ -138,7 +138,7 @@ def train(
             value = loss(order.indices(step, part))
             if not bool(torch.isfinite(value)):
                 raise CalibrationError(
-                    f"the loss of step {step} is {float(value)}; lower the rate (it is {settings.rate_at(step):.3g}), or give it a longer warm-up"
+                    f"the loss of step {step} is {float(value.detach())}; lower the rate (it is {settings.rate_at(step):.3g}), or warm it up longer"
                 )
             for into, g in zip(gradients.values(), torch.autograd.grad(value, list(parameters.values())), strict=True):
                 into.add_(g, alpha=1 / settings.accumulation)

@@ -4,7 +4,7 @@ A recipe of `qcore tune` is an ordinary one with three patterns of sites: "*:wei
 activations and weights where they are multiplied; "*:grad", those of gradients.  What no rule names is float.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -28,7 +28,7 @@ class TunedModel:
     """A model in which adapted layers stand.
 
     layers: by path
-    left:   weights of blocks that have no adapter → why
+    left:   paths that were to have an adapter and cannot → why
     """
 
     model: nn.Module
@@ -72,7 +72,7 @@ def linear_sites(topology: Topology) -> tuple[dict[str, Site], dict[str, str]]:
 
 def adapt(
     model: nn.Module,
-    topology: Topology,
+    paths: Iterable[str],
     recipe: Recipe,
     *,
     rank: int,
@@ -81,27 +81,28 @@ def adapt(
     rounding: Literal["spec", "stochastic"] = "spec",
     hold: bool = False,
 ) -> TunedModel:
-    """Put a GSQLinear in the place of every linear layer of the blocks, in place; nothing but adapters asks for gradients afterwards.
+    """Put a GSQLinear in the place of linear layers, in place; nothing but adapters asks for gradients afterwards.
 
     model: in memory, its weights quantized as far as they will be
+    paths: of the layers, as `linear_sites` gives them for the float model's topology (a quantized layer is no site any more)
     seed:  of the adapters, and of stochastic rounding
     """
     model.requires_grad_(False)
     tally, dither = Tally(), Dither(seed)
     shared = SharedInputs(tally)
-    sites, left = linear_sites(topology)
     layers: dict[str, GSQLinear] = {}
-    for i, (path, site) in enumerate(sites.items()):
+    left: dict[str, str] = {}
+    for i, path in enumerate(paths):
         leaf = model.get_submodule(path)
         try:
             shape_of(leaf)
         except SpecError as e:
             left[path] = str(e)
             continue
-        numbers = replace(numbers_for(recipe, site), rounding=rounding)
+        numbers = replace(numbers_for(recipe, Site(path)), rounding=rounding)
         layers[path] = GSQLinear(leaf, rank, alpha, numbers, seed=(seed, i), shared=shared, dither=dither, hold=hold)
     if not layers:
-        raise SpecError(f"{type(model).__name__} has no linear layer that can be adapted: {'; '.join(left.values()) or 'its blocks hold none'}")
+        raise SpecError(f"{type(model).__name__} has no linear layer that can be adapted: {'; '.join(left.values()) or 'none was named'}")
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     return TunedModel(model, layers, left, tally, dither)
