@@ -192,20 +192,21 @@ def test_truncation_is_worse_than_rounding(make):
     assert 3 < error[1] / error[0] < 5
 
 
-def test_trained_numbers_follow_the_order_of_their_bits(make):
-    """The toy of the specification: rank-4 target, 256 → 128, NF4 weight, rank 32, 400 steps of Adam."""
+def trained(make, steps):
+    """The toy of the specification: rank-4 target, 256 → 128, NF4 weight, rank 32, steps of Adam.
+
+    Relative squared error on held-out inputs: of the weight alone, and after tuning in float and in A8G8, A6G6, A5G5.
+    """
     from qcore.numbers.tensor import fake_quantize
-    from qcore.training import AdamWSettings, TrainSettings, train
+    from qcore.training import TrainSettings, train
 
     generator = g(7)
     weight = torch.randn(128, 256, generator=generator) / 16
     target = weight + torch.randn(128, 4, generator=generator) @ torch.randn(4, 256, generator=generator) / 60
     leaf = torch.nn.Linear(256, 128, bias=False).requires_grad_(False)
     leaf.weight.copy_(fake_quantize(weight, make.recipe("gsq-w4a8g8").rules[0].spec))
-    x = torch.randn(2048, 256, generator=generator)
-    wanted = x @ target.T
-    held = torch.randn(512, 256, generator=generator)
-    truth = held @ target.T
+    x, held = torch.randn(2048, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    wanted, truth = x @ target.T, held @ target.T
 
     def relative(call):
         with torch.no_grad():
@@ -213,11 +214,21 @@ def test_trained_numbers_follow_the_order_of_their_bits(make):
 
     def tuned(own):
         made = GSQLinear(leaf, 32, 32.0, own, hold=True)
-        settings = TrainSettings(steps=400, batch=128, rate=3e-3, clip=None, optimizer=AdamWSettings())
+        settings = TrainSettings(steps=steps, batch=128, rate=3e-3, clip=None)
         train({"A": made.lora_A, "B": made.lora_B}, lambda i: (made(x[i]) - wanted[i]).square().mean(), len(x), settings)
         return relative(made)
 
-    nothing = relative(leaf)
-    exact, *coded = [tuned(own) for own in (FLOAT, *(make.numbers(b, b) for b in (8, 6, 5)))]
-    assert exact < coded[0] < coded[1] < coded[2]
-    assert coded[0] <= 1.15 * exact and coded[1] <= 1.6 * exact and coded[2] < 0.05 * nothing
+    return relative(leaf), *(tuned(own) for own in (FLOAT, *(make.numbers(b, b) for b in (8, 6, 5))))
+
+
+@pytest.mark.slow
+def test_four_hundred_steps_in_few_bits_come_close_to_float(make):
+    nothing, exact, eight, six, five = trained(make, 400)
+    assert exact < eight < six < five
+    assert eight <= 1.15 * exact and six <= 1.6 * exact and five < 0.05 * nothing
+
+
+def test_sixty_steps_in_few_bits_come_close_to_float(make):
+    nothing, exact, eight, six, five = trained(make, 60)
+    assert eight < six < five  # of float and eight bits either may be ahead before both have converged
+    assert abs(eight - exact) <= 0.15 * exact and six <= 1.6 * exact and five < 0.5 * nothing

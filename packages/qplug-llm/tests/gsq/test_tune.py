@@ -44,7 +44,7 @@ def tuned_of(make, model, recipe, **options):
     return adapt(model, paths, recipe, **({"rank": 4, "alpha": 4.0} | options)), adapter, left
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2LMHeadModel", "GPTNeoX"])
+@pytest.mark.parametrize("family", ["Llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("GPT2LMHeadModel", "GPTNeoX"))])
 def test_every_linear_layer_of_a_decoder_is_adapted_and_the_loss_falls(make, ids, family):
     changes = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 40} if family.startswith("GPT2") else {}
     tuned, adapter, left = tuned_of(make, make.model(family, **changes), make.recipe("gsq-w4a8g8"))
@@ -54,7 +54,7 @@ def test_every_linear_layer_of_a_decoder_is_adapted_and_the_loss_falls(make, ids
         tuned.parameters(),
         lambda i: next_token_loss(adapter.outputs(tuned.model, {"input_ids": ids[i]}), ids[i]),
         len(ids),
-        TrainSettings(steps=30, batch=8, rate=0.01),
+        TrainSettings(steps=20, batch=8, rate=0.01),
     )
     assert sum(log.losses[-3:]) < 0.9 * sum(log.losses[:3])
     assert not any(p.requires_grad for n, p in tuned.model.named_parameters() if "lora_" not in n)
@@ -93,8 +93,7 @@ def test_what_is_kept_is_the_closed_form(make, ids, bits):
     heads = [LinearShape(48, 48), LinearShape(16, 48, alone=False), LinearShape(16, 48, alone=False), LinearShape(48, 48)]
     block = [*heads, LinearShape(80, 48), LinearShape(80, 48, alone=False), LinearShape(48, 80)]
     wanted = tuning_bytes(block * 2, 32, 96, weight_bits=4, saved_bits=shared_exponent_bits(bits)).saved
-    rounding = sum(kept["adapted_layers"] - wanted for _ in (0,))
-    assert 0 <= rounding <= 0.02 * wanted  # exponents of a row end on a byte: 3 · 5 bits take two
+    assert wanted <= kept["adapted_layers"] <= 1.02 * wanted  # exponents of a row end on a byte: 3 · 5 bits take two
     assert kept["whole_model"] > kept["adapted_layers"]
 
 
@@ -117,10 +116,10 @@ def test_a_recipe_for_quantize_that_tune_cannot_run_is_refused_with_every_reason
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A training text and a held-out one, of tiny-llama's kind."""
+    """A training text and a held-out one, in capitals: of a kind that tiny-llama never saw, so that a few steps tell."""
     loaded = load_source("zoo:tiny-llama", load_registry().sources)
     folder = tmp_path_factory.mktemp("texts")
-    text = loaded.evaluation.read_text(encoding="utf-8")
+    text = loaded.evaluation.read_text(encoding="utf-8").upper()
     (folder / "train.txt").write_text(text[:6000])
     (folder / "held.txt").write_text(text[200_000:202_000])
     return folder
@@ -129,7 +128,8 @@ def texts(tmp_path_factory):
 def job(make, texts, out, **changes) -> Job:
     given = {
         "uri": "zoo:tiny-llama", "recipe": str(make.recipes / "gsq-w4a6g6.toml"), "data": texts / "train.txt", "evaluation": texts / "held.txt",
-        "out": out, "rank": 8, "alpha": 8.0, "steps": 4, "batch": 2, "window": 32, "eval_tokens": 64, "keep_every": 2, "rounding": "stochastic",
+        "out": out, "rank": 8, "alpha": 8.0, "steps": 4, "batch": 2, "window": 32, "eval_tokens": 64, "keep_every": 2,
+        "rate": 0.003, "warmup": 0, "rounding": "stochastic",
     }  # fmt: skip
     return Job(**(given | changes))
 
@@ -197,7 +197,7 @@ def test_a_run_that_is_interrupted_and_resumed_writes_the_same_adapters(make, te
     out, _ = done
 
     def stop(phase, at, total):
-        if phase == "tune" and at == 3:
+        if phase == "train" and at == 3:
             raise KeyboardInterrupt
 
     own = job(make, texts, tmp_path / "out")

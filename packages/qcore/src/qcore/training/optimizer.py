@@ -1,7 +1,7 @@
 """AdamW with states in float32 or in 8 bits.
 
 In 8 bits both moments are minifloats (E4M3) under one float32 scale for 256 of them, the second as its square root, which halves its exponents.
-They are rounded stochastically: a second moment moves by a thousandth in a step, sixty times less than what separates two such numbers, and rounding
+They are rounded stochastically: a second moment moves by a thousandth in a step, far less than what separates two such numbers, and rounding
 to the nearest would hold it where it is for ever.
 
 The formats are our choice, not a paper's: 8-bit optimizers (https://arxiv.org/abs/2110.02861) take fitted tables of 256 numbers in blocks of 2,048.

@@ -150,7 +150,7 @@ def train(
         optimizer.step(gradients, settings.rate_at(step), seeded(settings.seed, step, 0x0F))
         log.losses.append(total)
         log.norms.append(norm)
-        progress("tune", step + 1, settings.steps)
+        progress("train", step + 1, settings.steps)
         if file is not None and ((step + 1) % settings.keep_every == 0 or step + 1 == settings.steps):
             _write(file, parameters, optimizer, log, what)
     return log

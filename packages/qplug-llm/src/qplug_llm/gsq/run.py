@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from qcore.calibration.text import TextFile, cut, data_hash
 from qcore.checkpoint import save
-from qcore.errors import CalibrationError, PlanError, QcoreError
+from qcore.errors import CalibrationError, NotFound, PlanError, QcoreError
 from qcore.evaluation import choose_text, default_window, evaluation_windows
 from qcore.evaluation.metrics import nll_rows, perplexity
 from qcore.model import adapter_for, load_source
@@ -109,7 +109,7 @@ def prepare(job: Job) -> Prepared:
             return None
 
     registry = load_registry()
-    recipe = trial(lambda: load_recipe(job.recipe, registry, job.overrides))
+    recipe = trial(lambda: _recipe(job, registry))
     settings = trial(job.settings)
     loaded = trial(lambda: load_source(job.uri, registry.sources))
     adapter = None if loaded is None else trial(lambda: adapter_for(loaded.model, registry.adapters))
@@ -144,6 +144,15 @@ def prepare(job: Job) -> Prepared:
         raise PlanError(list(dict.fromkeys(problems)))
     note = f"trained on {texts.calibration.path.name}, evaluated on {texts.evaluation.path.name}" + (", its last 20 %" if texts.held_out else "")
     return Prepared(loaded, adapter, recipe, settings, windows, held_out, note, registry)
+
+
+def _recipe(job: Job, registry: Any) -> Recipe:
+    try:
+        return load_recipe(job.recipe, registry, job.overrides)
+    except NotFound as e:
+        if not job.recipe.startswith("gsq") or "bfp" in registry.formats:
+            raise
+        raise NotFound(f"recipe {job.recipe!r} takes its formats from qplug-hardware, which is not installed: pip install qplug-hardware") from e
 
 
 def _training_windows(text: TextFile, tokenizer: Any, length: int, batch: int) -> Tensor:
