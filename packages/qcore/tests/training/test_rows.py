@@ -1,4 +1,9 @@
-"""Laws of coded rows and of their products in integers."""
+"""Laws of coded rows and of their products in integers.
+
+Defects of other codecs of this family that are asked about below: groups that straddle rows, and shared exponents by the ceiling of the logarithm
+(DeepWok/mase 321); the exponent of amax divided by the largest number (vllm 43557); a padded length that is lost (HomericIntelligence/Odyssey 1909);
+codes that do not come back, and subnormal numbers (tt-metal 51971); midpoints away from even (ROCm/aiter 3992).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
