@@ -14,11 +14,15 @@ if "TRITON_INTERPRET" not in os.environ:
     interpreter.interpret()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process for each processor, four at most, each with one thread; none where paths or slow tests (which time things) were asked for."""
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not slow"
-    if not whole:
-        return 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in a process for each processor, four at most, with a thread each (pytest-xdist; `-n 0` for one process).
+
+    A part of it, slow tests (which time things) and --pdb do not: a process takes as long to start as a few files to run.
+    """
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not slow" and not option.usepdb
+    if whole and getattr(option, "numprocesses", 0) is None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        option.numprocesses = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        option.dist = "loadfile"
