@@ -39,9 +39,9 @@ class Cell(evidence.Cell):
     """windows × window tokens of evaluation; steps of `batch` windows, adapters of `rank`"""
 
     text: str = "c10-headers"
-    windows: int = 32
+    windows: int = 8
     window: int = 128
-    steps: int = 50
+    steps: int = 30
     batch: int = 2
     rank: int = 32
     rate: float = 0.002
