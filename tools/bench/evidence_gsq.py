@@ -4,8 +4,8 @@
     python tools/bench/evidence_gsq.py --list     say which are missing, and compute nothing
     python tools/bench/evidence_gsq.py --table    write the page from the cells that are there
 
-A cell is one run of `qcore tune`, in a process of its own: about half a minute of one core, a gigabyte of memory; all 18 take about eight
-minutes of computing.  The text is C++: the headers under torch/include/c10 of the torch that is installed (tiny-llama was trained on English and
+A cell is one run of `qcore tune`, in a process of its own: 8 to 20 seconds of one core, a gigabyte of memory; all 18 take about five minutes of
+computing.  The text is C++: the headers under torch/include/c10 of the torch that is installed (tiny-llama was trained on English and
 Python).  Files are split by the hash of their names, a third of them held out; training takes the first 200,000 characters, evaluation the first
 80,000.  Their sha256 stand in every cell: another release of torch is another text.
 """
