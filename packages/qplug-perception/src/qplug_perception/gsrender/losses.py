@@ -44,7 +44,7 @@ def silog(predicted: Tensor, target: Tensor, mask: Tensor, focus: float = 0.85) 
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """1 / log(n_c), RenderOcc's weight of a class that n_c voxels have.  [L] → [L]; SpecError for counts below 2, whose weight would have no meaning"""
+    """1 / log(n_c), RenderOcc's weight of a class that n_c voxels have.  [L] → [L]; SpecError for counts below 2, which have no such weight"""
     if (counts < 2).any():
         bad = int((counts < 2).nonzero()[0])
         raise SpecError(f"class {bad} has {int(counts[bad])} voxels; 1/log(n) wants at least 2 of each: merge classes, or count more scenes")
@@ -64,7 +64,7 @@ def semantic_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
 
 
 def opacity_entropy(opacity: Tensor) -> Tensor:
-    """Mean -o log o - (1 - o) log(1 - o): small where each Gaussian is there or not.  Optional [I]; NeRF's entropy and distortion terms have no place."""
+    """Mean -o log o - (1 - o) log(1 - o): small where each Gaussian is there or not.  Optional [I], in the place of NeRF's entropy and distortion."""
     o = opacity.clamp(_SMALL, 1 - _SMALL)
     return -(o * o.log() + (1 - o) * (1 - o).log()).mean()
 

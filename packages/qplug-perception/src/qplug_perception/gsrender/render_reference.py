@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from qplug_perception.gsrender.gaussians import Gaussians
 from qplug_perception.gsrender.geometry import Camera
@@ -32,15 +31,14 @@ def render_reference(gaussians: Gaussians, camera: Camera, limit: float = 1.3) -
     flat.sort(key=lambda own: own[:3])
     features = torch.zeros(gaussians.semantics.shape[1], height * width, dtype=torch.float64)
     depth, alpha = torch.zeros(height * width, dtype=torch.float64), torch.zeros(height * width, dtype=torch.float64)
-    for i in range(height):
-        for j in range(width):
-            through = 1.0
+    for row in range(height):
+        for column in range(width):
+            at, through = row * width + column, 1.0
             for z, u, v, inverse, opacity, feature in flat:
-                away: Tensor = torch.tensor([j + 0.5 - u, i + 0.5 - v], dtype=torch.float64)
+                away = torch.tensor([column + 0.5 - u, row + 0.5 - v], dtype=torch.float64)
                 a = opacity * math.exp(-0.5 * float(away @ inverse @ away))
                 if a < CUT:
                     continue
-                at = i * width + j
                 features[:, at] += a * through * feature
                 depth[at] += a * through * z
                 alpha[at] += a * through
