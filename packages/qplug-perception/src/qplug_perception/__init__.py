@@ -6,15 +6,17 @@ from qcore.plugins import hookimpl
 @hookimpl
 def qcore_adapters():
     from qplug_perception.gsrender.adapter import GSRenderAdapter
+    from qplug_perception.mvctrack.adapter import MVCTrackAdapter
 
-    return [GSRenderAdapter]
+    return [GSRenderAdapter, MVCTrackAdapter]
 
 
 @hookimpl
 def qcore_sources():
     from qplug_perception.gsrender.source import GSRenderSource
+    from qplug_perception.mvctrack.source import MVCTrackSource
 
-    return [GSRenderSource]
+    return [GSRenderSource, MVCTrackSource]
 
 
 @hookimpl
@@ -34,8 +36,9 @@ def qcore_observers():
 @hookimpl
 def qcore_tasks():
     from qplug_perception.gsrender.data import OccupancyTask
+    from qplug_perception.mvctrack.data import TrackingTask
 
-    return [OccupancyTask]
+    return [OccupancyTask, TrackingTask]
 
 
 @hookimpl
