@@ -82,10 +82,13 @@ class Samples:
     def name(self) -> str:
         return f"made-up streets from seed {self.first}" if self.path is None else self.path.name
 
-    def read(self, count: int | None = None) -> list[Sample]:
-        """The first `count` samples, None = as many as the file has (EVALUATED of streets); CalibrationError where there are fewer."""
+    def read(self, count: int | None = None, seed: int = 0) -> list[Sample]:
+        """The first `count` samples, None = as many as the file has (EVALUATED of streets); CalibrationError where there are fewer.
+
+        seed: streets begin 500 further on for each, so that several calibrations share none
+        """
         if self.path is None:
-            return [made_sample(self.first + i, self.config) for i in range(EVALUATED if count is None else count)]
+            return [made_sample(self.first + 500 * seed + i, self.config) for i in range(EVALUATED if count is None else count)]
         found = read_samples(self.path, self.config)
         if count is not None and len(found) < count:
             raise CalibrationError(f"{self.path} holds {len(found)} samples, and {count} are wanted; --set calibration.samples={len(found)}")
@@ -270,7 +273,7 @@ class SceneData:
         return mine
 
     def batches(self, settings: Amount) -> list[Batch]:
-        samples, size = self.calibration.read(settings.samples), min(settings.batch, settings.samples)
+        samples, size = self.calibration.read(settings.samples, settings.seed), min(settings.batch, settings.samples)
         if settings.samples % size:
             raise CalibrationError(f"{settings.samples} samples do not fill batches of {size}; --set calibration.batch to a divisor")
         return [batch_of(samples[i : i + size], self.config.fuse) for i in range(0, len(samples), size)]

@@ -57,8 +57,8 @@ def made_sequence(seed: int, frames: int = 8, sensors: Sensors = Sensors(), dist
     speed = 0.15 + 0.5 * draw[3]
     size = torch.tensor([4.2, 1.8, 1.6]) * (0.9 + 0.2 * draw[4:7])
     start = torch.stack([far * angle.cos(), far * angle.sin(), size[2] / 2])
-    clutter = [[far * (0.8 + 0.6 * draw[7 + 3 * i]), (draw[8 + 3 * i] - 0.5) * 16, 1.0] for i in range(3)]
-    away = torch.tensor([[float(v) for v in c] for c in clutter])
+    beside = draw[7:16].reshape(3, 3)
+    away = torch.stack([far * (0.8 + 0.6 * beside[:, 0]), (beside[:, 1] - 0.5) * 16, torch.ones(3)], 1)
     gap = (away[:, :2] - start[:2]).norm(dim=1, keepdim=True)
     away[:, :2] += torch.where(gap < 5, (away[:, :2] - start[:2]) / gap.clamp(min=0.1) * (5 - gap), 0.0)
     velocity = torch.zeros(4, 3)

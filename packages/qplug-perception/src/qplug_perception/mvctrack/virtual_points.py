@@ -226,12 +226,10 @@ def virtual_points(
     of_class = torch.cat([v.classes for v in views]) if views else torch.zeros(0, dtype=torch.long)
     of_score = torch.cat([v.scores for v in views]) if views else torch.zeros(0)
     real = (owner >= 0).nonzero().squeeze(-1)
-    if columns:
-        stacked = [torch.cat(column) for column in zip(*columns, strict=True)]
-    else:
-        none = torch.zeros(0, dtype=torch.long)
-        stacked = [points.new_zeros(0, 3), none, torch.zeros(0), none, none, torch.zeros(0, 2, dtype=torch.long), none]
-    return VirtualPoints(*stacked, real, of_class[owner[real]], of_score[owner[real]], counters)
+    none = torch.zeros(0, dtype=torch.long)
+    nothing = (points.new_zeros(0, 3), none, torch.zeros(0), none, none, torch.zeros(0, 2, dtype=torch.long), none)
+    xyz, classes, scores, numbers, source, pixels, camera_of = (torch.cat(own) for own in zip(nothing, *columns, strict=True))
+    return VirtualPoints(xyz, classes, scores, numbers, source, pixels, camera_of, real, of_class[owner[real]], of_score[owner[real]], counters)
 
 
 def _draw(mask: Tensor, k: int, generator: torch.Generator) -> Tensor:
