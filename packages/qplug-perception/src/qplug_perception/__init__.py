@@ -45,7 +45,7 @@ def qcore_tasks():
 def qcore_recipes():
     from pathlib import Path
 
-    return [Path(__file__).parent / "recipes"]
+    return [Path(__file__).parent / system / "recipes" for system in ("gsrender", "mvctrack")]
 
 
 @hookimpl
