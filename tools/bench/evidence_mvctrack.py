@@ -4,7 +4,7 @@
     python tools/bench/evidence_mvctrack.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_mvctrack.py --table        write the page from the cells that are there
 
-Model: mvctrack:tiny, trained by tools/zoo/train_mvctrack_tiny.py on made-up sequences, half of them with virtual points.  Evaluation: 24 sequences of
+Model: mvctrack:tiny, trained by tools/zoo/train_mvctrack_tiny.py on made-up sequences, half of them with virtual points.  Evaluation: 12 sequences of
 8 frames from seed 100,000 on.  Calibration: 64 pairs of frames of training seeds.  A cell takes about 10 s of one core.
 """
 
@@ -25,7 +25,7 @@ evidence.ROOMS += ["packages/qplug-perception/src/qplug_perception/gsrender/scen
 
 PAGE = ROOT / "docs" / "evidence" / "mvctrack.md"
 RECIPE = "mvctrack-w8a8"
-SEQUENCES = 24
+SEQUENCES = 12
 # label → (settings of the virtual points or None, overrides of the recipe or None = float, what it is)
 METHODS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...] | None, str]] = {
     "raw": (None, None, "float, raw points"),

@@ -108,7 +108,7 @@ def main() -> int:
     settings = {**config.to_dict(), "threshold": best}
     (a.out / "config.json").write_text(json.dumps({"architecture": "gsrender", "config": settings}, indent=1) + "\n")
     record = {
-        "command": f"python tools/zoo/train_gsrender_tiny.py --minutes {a.minutes:g} --seed {a.seed}",
+        "command": f"python tools/zoo/train_gsrender_tiny.py --minutes {a.minutes:g} --wall {a.wall:g} --seed {a.seed}",
         "steps": done,
         "processor_seconds": round(seconds),
         "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),

@@ -70,7 +70,7 @@ def main() -> int:
     save_file({k: v.contiguous() for k, v in model.eval().state_dict().items()}, a.out / "model.safetensors")
     (a.out / "config.json").write_text(json.dumps({"architecture": "mvctrack", "config": config.to_dict()}, indent=1) + "\n")
     record = {
-        "command": f"python tools/zoo/train_mvctrack_tiny.py --minutes {a.minutes:g} --seed {a.seed}",
+        "command": f"python tools/zoo/train_mvctrack_tiny.py --minutes {a.minutes:g} --wall {a.wall:g} --seed {a.seed}",
         "steps": done,
         "processor_seconds": round(time.process_time() - begun),
         "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),
