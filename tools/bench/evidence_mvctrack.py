@@ -28,6 +28,7 @@ RECIPE = "mvctrack-w8a8"
 SEQUENCES = 12
 # label → (settings of the virtual points or None, overrides of the recipe or None = float, what it is)
 METHODS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...] | None, str]] = {
+    "still": (None, None, "no network: the box never moves"),
     "raw": (None, None, "float, raw points"),
     "fixed": ({"fixed": 120}, None, "float, 120 virtual points an object, as the release"),
     "fixed-eroded": ({"fixed": 120, "erosion": 1}, None, "float, 120, masks eroded by a pixel"),
@@ -72,8 +73,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         evaluation=Sequences(config, loaded.data.evaluation.first, cell.window, virtual),
     )
     task = TrackingTask(tuple(data.evaluation.read(cell.windows)), config)
-    forward = float_forward(loaded, adapter)
-    reference = task.reference(forward, CACHE / f"reference-mvctrack-{task.data()[:12]}")
+    forward = _still if cell.label == "still" else float_forward(loaded, adapter)
+    place = CACHE / f"reference-mvctrack-{'still-' if cell.label == 'still' else ''}{task.data()[:12]}"
+    reference = task.reference(forward, place)
     result: dict[str, Any] = {"points": _points(cell, virtual)}
     if overrides is None:
         return {**result, "scores": task.evaluate(forward, reference)}
@@ -85,6 +87,13 @@ def measure(cell: Cell) -> dict[str, Any]:
         model = load(out, registry=registry)
         scores = task.evaluate(lambda batch: adapter.outputs(model, batch), reference)
     return {**result, "scores": scores, "bytes": sum(r.nbytes for r in q.sites)}
+
+
+def _still(batch: Any) -> Any:
+    """What a tracker would have to beat."""
+    import torch
+
+    return torch.zeros(len(batch["size"]), 6)
 
 
 def _points(cell: Cell, virtual: Any) -> dict[str, float]:
