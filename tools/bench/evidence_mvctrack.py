@@ -34,6 +34,9 @@ METHODS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...] | None, str]] = 
     "fixed-eroded": ({"fixed": 120, "erosion": 1}, None, "float, 120, masks eroded by a pixel"),
     "distance": ({}, None, "float, by distance"),
     "distance-eroded": ({"erosion": 1}, None, "float, by distance, masks eroded by a pixel"),
+    "raw-far": (None, None, "float, objects 25 to 45 m away, raw points"),
+    "fixed-far": ({"fixed": 120}, None, "float, 25 to 45 m, 120 virtual points an object"),
+    "distance-far": ({}, None, "float, 25 to 45 m, by distance"),
     "w8a8": ({"erosion": 1}, (), "`mvctrack-w8a8`, by distance, eroded"),
     "w4a8-rtn": ({"erosion": 1}, ("rules.0.format.bits=4",), "4-bit weights to the nearest, by distance, eroded"),
     "w4a8-gptq": ({"erosion": 1}, ("rules.0.format.bits=4", 'solver={name="gptq",clip="mse",signed_scale=false}'), "4-bit weights by GPTQ, …"),
@@ -59,7 +62,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     from qcore.pipeline import float_forward, quantize_model
     from qcore.plugins import load_registry
     from qcore.recipe_file import load_recipe
-    from qplug_perception.mvctrack.data import Sequences, TrackingTask
+    from qplug_perception.mvctrack.data import TrackingTask
     from qplug_perception.mvctrack.virtual_points import MVCPSettings
 
     options, overrides, _ = METHODS[cell.label]
@@ -67,12 +70,8 @@ def measure(cell: Cell) -> dict[str, Any]:
     registry = load_registry()
     loaded = load_source("mvctrack:tiny", registry.sources)
     adapter, config = adapter_for(loaded.model, registry.adapters), loaded.model.config
-    data = replace(
-        loaded.data,
-        calibration=replace(loaded.data.calibration, virtual=virtual),
-        evaluation=Sequences(config, loaded.data.evaluation.first, cell.window, virtual),
-    )
-    task = TrackingTask(tuple(data.evaluation.read(cell.windows)), config)
+    data = replace(loaded.data, calibration=replace(loaded.data.calibration, virtual=virtual))
+    task = TrackingTask(tuple(_tracks(cell, config, virtual)), config)
     forward = _still if cell.label == "still" else float_forward(loaded, adapter)
     place = CACHE / f"reference-mvctrack-{'still-' if cell.label == 'still' else ''}{task.data()[:12]}"
     reference = task.reference(forward, place)
@@ -89,6 +88,23 @@ def measure(cell: Cell) -> dict[str, Any]:
     return {**result, "scores": scores, "bytes": sum(r.nbytes for r in q.sites)}
 
 
+def _moments(cell: Cell) -> list[list[Any]]:
+    """The evaluated sequences."""
+    from qplug_perception.mvctrack.data import EVALUATION_SEED
+    from qplug_perception.mvctrack.sequences import made_sequence
+
+    distance = (25.0, 45.0) if cell.label.endswith("-far") else (8.0, 22.0)
+    return [made_sequence(EVALUATION_SEED + i, cell.window, distance=distance) for i in range(cell.windows)]
+
+
+def _tracks(cell: Cell, config: Any, virtual: Any) -> list[tuple[list[Any], Any]]:
+    """(point clouds, true boxes) of each."""
+    import torch
+    from qplug_perception.mvctrack.data import cloud
+
+    return [([cloud(m, config, virtual) for m in own], torch.stack([m.box for m in own])) for own in _moments(cell)]
+
+
 def _still(batch: Any) -> Any:
     """What a tracker would have to beat."""
     import torch
@@ -99,19 +115,16 @@ def _still(batch: Any) -> Any:
 def _points(cell: Cell, virtual: Any) -> dict[str, float]:
     """Of all evaluated frames: points on the object before and behind, and the share of virtual ones further than 0.3 m from its box."""
     from qplug_perception.mvctrack.boxes import inside
-    from qplug_perception.mvctrack.data import EVALUATION_SEED
-    from qplug_perception.mvctrack.sequences import made_sequence
     from qplug_perception.mvctrack.virtual_points import virtual_points
 
     real = added = away = frames = 0
-    for i in range(cell.windows):
-        for moment in made_sequence(EVALUATION_SEED + i, cell.window):
-            frames += 1
-            real += int(inside(moment.points[:, :3], moment.box, 0.1).sum())
-            if virtual is not None:
-                made = virtual_points(moment.points, moment.views, virtual)
-                added += len(made)
-                away += int((~inside(made.xyz, moment.box, 0.3)).sum())
+    for moment in [m for own in _moments(cell) for m in own]:
+        frames += 1
+        real += int(inside(moment.points[:, :3], moment.box, 0.1).sum())
+        if virtual is not None:
+            made = virtual_points(moment.points, moment.views, virtual)
+            added += len(made)
+            away += int((~inside(made.xyz, moment.box, 0.3)).sum())
     return {"real": real / frames, "virtual": added / frames, "away": away / max(added, 1)}
 
 

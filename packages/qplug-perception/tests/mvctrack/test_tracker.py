@@ -7,10 +7,13 @@ import pytest
 import torch
 from qcore.cli import main
 from qcore.errors import CalibrationError, CheckpointError, NotFound, SpecError
+from qcore.model import load_source
+from qcore.model.reader import materialize
+from qcore.plugins import load_registry
 from qcore.testing import check_adapter, check_source, check_task
 from qcore.testing.models import randomize
 from qplug_perception.mvctrack.adapter import MVCTrackAdapter
-from qplug_perception.mvctrack.boxes import inside, shifted, to_box_frame
+from qplug_perception.mvctrack.boxes import inside, precision, shifted, to_box_frame
 from qplug_perception.mvctrack.data import Sequences, TrackingData, TrackingTask, training_pair
 from qplug_perception.mvctrack.flow import RealNVP, residual_log_likelihood
 from qplug_perception.mvctrack.sequences import made_sequence
@@ -223,3 +226,15 @@ def test_the_whole_path(tiny, tmp_path, monkeypatch):
     scores = json.loads((out / "report.json").read_text())["quality"]["scores"]
     assert scores["step_db"] > 15 and scores["frames"] == 14
     assert main(["verify", str(out), "--json"]) == 0
+
+
+def test_the_shipped_tracker_beats_a_box_that_never_moves():
+    loaded = load_source("mvctrack:tiny", load_registry().sources)
+    materialize(loaded.model, "", loaded.reader, loaded.dtype)
+    model, config = loaded.model.eval(), loaded.model.config
+    moves, stays = [], []
+    for clouds, boxes in loaded.data.evaluation.read(4):
+        own = track(model, clouds, boxes[0], config)
+        moves += (own[1:, :3] - boxes[1:, :3]).norm(dim=1).tolist()
+        stays += (boxes[:1, :3] - boxes[1:, :3]).norm(dim=1).tolist()
+    assert precision(moves) > precision(stays) + 10
