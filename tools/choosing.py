@@ -53,6 +53,9 @@ FIELDS: dict[str, tuple[str, Callable[[float], str]]] = {
     # a peer's run, a selector's
     "cpu": ("run.cpu_seconds", _seconds),
     "eff-bits": ("run.eff_bits", lambda v: f"{v:.2f}"),
+    # a fine-tuning's, in the numbers that it was trained in
+    "untuned": ("perplexity.before_coded", lambda v: f"{v:.2f}"),
+    "tuned": ("perplexity.after_coded", lambda v: f"{v:.2f}"),
     "nearest": ("accuracy.1", lambda v: f"{100 * v:.1f} %"),
     "own-kl": ("kl", lambda v: f"{v:.4f}"),
     "cpu-seconds": ("cpu_seconds", _seconds),

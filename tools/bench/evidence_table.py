@@ -222,7 +222,7 @@ def write(cells: Path) -> None:
         "average beside the seconds says whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
         "",
         "More: [encoders](encoders.md), "
-        "[state-space models](ssm.md), [mixtures of experts](moe.md), [convolutional networks](cnn.md), "
+        "[state-space models](ssm.md), [mixtures of experts](moe.md), [fine-tuning](gsq.md), [convolutional networks](cnn.md), "
         "[re-parameterised networks](reparam.md), [kernels](kernels.md), "
         "[selection of samples](selection.md), [solvers and mixed precision](solvers.md), "
         "[quantized activations and caches](w4a4.md), [formats of accelerators](formats.md), "

@@ -11,9 +11,10 @@ from qcore.plugins import hookimpl
 @hookimpl
 def qcore_formats():
     from qcore.numbers import Codebook, Float, Int, LowRankCodebook, PowerOfTwo
+    from qcore.numbers.normal_float import NormalFloat
     from qcore.numbers.partly_binary import PartlyBinary
 
-    return [Int, Float, PowerOfTwo, Codebook, LowRankCodebook, PartlyBinary]
+    return [Int, Float, PowerOfTwo, Codebook, LowRankCodebook, PartlyBinary, NormalFloat]
 
 
 @hookimpl
