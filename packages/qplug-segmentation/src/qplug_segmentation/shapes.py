@@ -64,8 +64,15 @@ class Shapes:
     def name(self) -> str:
         return f"generated shapes, seed {self.seed}"
 
-    def read(self) -> Triples:
-        return make(self.split, range(self.count), seed=self.seed, sentences=self.sentences, side=self.side)
+    def __len__(self) -> int:
+        return self.count * self.sentences
+
+    def read(self, chosen: Sequence[int] | None = None) -> Triples:
+        pictures = range(self.count) if chosen is None else sorted({i // self.sentences for i in chosen})
+        triples = make(self.split, pictures, seed=self.seed, sentences=self.sentences, side=self.side)
+        if chosen is None:
+            return triples
+        return triples.take([pictures.index(i // self.sentences) * self.sentences + i % self.sentences for i in chosen])
 
 
 def make(split: Split, numbers: Sequence[int], *, seed: int = 0, sentences: int = 2, side: int = 64) -> Triples:

@@ -116,7 +116,11 @@ class Triplets(Protocol):
     @property
     def split(self) -> str: ...
 
-    def read(self) -> Triples: ...
+    def __len__(self) -> int:
+        """How many sentences."""
+
+    def read(self, chosen: Sequence[int] | None = None) -> Triples:
+        """The triples of these sentences, in that order; None = of all."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,11 @@ class ReferringData:
         """`settings.samples` triples that the seed chooses, in batches of one shape."""
         if self.calibration is None:
             return []
-        triples = self.calibration.read()
-        if len(triples) < settings.samples:
+        count = len(self.calibration)
+        if count < settings.samples:
             raise CalibrationError(
-                f"{self.calibration.name} holds {len(triples)} sentences in split {self.calibration.split!r}, and "
-                f"calibration.samples={settings.samples}; pass more, or --set calibration.samples={len(triples)}"
+                f"{self.calibration.name} holds {count} sentences in split {self.calibration.split!r}, and "
+                f"calibration.samples={settings.samples}; pass more, or --set calibration.samples={count}"
             )
         size = min(settings.batch, settings.samples)
         if settings.samples % size:
@@ -167,8 +171,8 @@ class ReferringData:
                 f"{settings.samples} triples do not fill batches of {size}; --set calibration.samples={settings.samples // size * size}, or a batch "
                 f"that divides {settings.samples}"
             )
-        chosen = torch.randperm(len(triples), generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]
-        return list(model_batches(triples.take(chosen.tolist()), self.encode, size))
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]
+        return list(model_batches(self.calibration.read(chosen.tolist()), self.encode, size))
 
     def task(self) -> Any:
         if self.evaluation is None:
