@@ -95,7 +95,9 @@ def main() -> None:
     )  # fmt: skip
     cpu = time.process_time() - began
 
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, folder / "model.safetensors"
+    )
     loaded = Lavt(LavtConfig.from_dict(json.loads((folder / "config.json").read_text("utf-8"))["lavt"])).eval()
     stored = load_file(folder / "model.safetensors")
     loaded.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})

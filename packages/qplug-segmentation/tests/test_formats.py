@@ -62,7 +62,7 @@ def test_dual_region_equals_the_papers_selection_away_from_the_split():
 
 def test_the_papers_selection_is_not_monotone_at_small_splits_and_ours_is_never_worse():
     q, tau = 127, 2.0**-9
-    select = lambda x: torch.where(x >= tau, (x * q).round() / q, (x * q / tau).round() * tau / q)  # noqa: E731
+    select = lambda x: torch.where(x >= tau, (x * q).round() / q, (x * q / tau).round() * tau / q)
     below, at = torch.tensor(tau * 0.999), torch.tensor(tau)
     assert select(below) > 0 and select(at) == 0
     x = probabilities()
@@ -71,7 +71,9 @@ def test_the_papers_selection_is_not_monotone_at_small_splits_and_ours_is_never_
         assert (rounded(fmt, x) - x).square().sum() <= (select(x) - x).square().sum() + 1e-12
 
 
-@pytest.mark.parametrize(("bits", "select_mse", "uniform_mse", "sum_mse"), [(8, 9.2e-8, 1.6e-7, 1.05e-6), (6, 1.35e-6, 2.05e-6, 1.2e-5), (4, 1.9e-5, 2.5e-5, 1.2e-4)])
+@pytest.mark.parametrize(
+    ("bits", "select_mse", "uniform_mse", "sum_mse"), [(8, 9.2e-8, 1.6e-7, 1.05e-6), (6, 1.35e-6, 2.05e-6, 1.2e-5), (4, 1.9e-5, 2.5e-5, 1.2e-4)]
+)
 def test_one_region_at_a_time_beats_uniform_and_the_released_sum_is_worse_than_both(bits, select_mse, uniform_mse, sum_mse):
     """The order of the three, and their factors within what other rows of a softmax give (figures of the literature were measured on other rows)."""
     p = probabilities()
@@ -119,7 +121,7 @@ def test_bands_rise_err_by_half_a_step_and_never_clamp_a_larger_outlier_to_the_f
     step = torch.tensor(fmt.steps)[band]
     # an affine grid's ends move by up to half a step when its zero point is rounded
     assert bool(((rounded(fmt, x) - x).abs() <= step * (1.0 + 1e-4)).all())
-    inside = (x.abs() < 0.9 * fmt.thresholds[0])
+    inside = x.abs() < 0.9 * fmt.thresholds[0]
     assert bool(((rounded(fmt, x[inside]) - x[inside]).abs() <= step[inside] / 2 * (1 + 1e-4)).all())
     unseen = torch.tensor([2 * fmt.thresholds[-1], -2 * fmt.thresholds[-1]])
     assert bool((rounded(fmt, unseen).abs() > 0.9 * fmt.thresholds[-1]).all())
@@ -137,7 +139,7 @@ def test_values_without_outliers_are_one_band_and_that_is_the_affine_grid():
 def test_bands_of_outliers_have_the_normalized_error_of_the_literature(bits, uniform, bands):
     x = outliers()
     own = affine_grid(float(x.min()), float(x.max()), bits)
-    nmse = lambda fmt: float((rounded(fmt, x) - x).square().sum() / x.square().sum())  # noqa: E731
+    nmse = lambda fmt: float((rounded(fmt, x) - x).square().sum() / x.square().sum())
     assert uniform / 4 < nmse(own) < 4 * uniform
     paper = nmse(OutlierBands(bands=3).fit(x, bits, "band"))
     assert bands / 4 < paper < 4 * bands

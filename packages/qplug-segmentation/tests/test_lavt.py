@@ -13,10 +13,9 @@ from qplug_segmentation.adapter import LavtAdapter, attentions_of, stages_of
 from qplug_segmentation.fold import FoldDecoder
 from qplug_segmentation.lavt import Lavt, LavtConfig, TappedWindowAttention
 from qplug_segmentation.source import LavtSource, read_folder, read_weights
+from qplug_segmentation.testing import CONFIG, SIZES, tiny_batch, tiny_lavt, write_folder
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
-
-from qplug_segmentation.testing import CONFIG, SIZES, tiny_batch, tiny_lavt, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,8 @@ def test_logits_are_of_every_pixel_and_classes_come_last_for_qcore(model):
 def test_padding_of_a_sentence_and_its_ids_do_not_matter(model):
     """BERT's mask and the mask of the fusion are both at work: float32 rounding alone is left."""
     batch = tiny_batch()
-    longer = {**batch, "ids": torch.cat([batch["ids"], torch.full((2, 3), 7)], 1), "words": torch.cat([batch["words"], torch.zeros(2, 3, dtype=torch.long)], 1)}
+    ids = torch.cat([batch["ids"], torch.full((2, 3), 7)], 1)
+    longer = {**batch, "ids": ids, "words": torch.cat([batch["words"], torch.zeros(2, 3, dtype=torch.long)], 1)}
     assert torch.allclose(run(model, batch), run(model, longer), atol=2e-5)
     other = {**batch, "ids": torch.where(batch["words"].bool(), batch["ids"], 5)}
     assert torch.allclose(run(model, batch), run(model, other), atol=2e-5)
@@ -188,7 +188,7 @@ def test_folders_say_what_is_wrong_with_them(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "lavt": {**SIZES, "depth": 3}}))
     with pytest.raises(SpecError, match="no field 'depth'"):
         LavtSource().load(f"lavt:{tmp_path}")
-    with pytest.raises(NotFound, match="neither model.safetensors nor model.pth"):
+    with pytest.raises(NotFound, match=r"neither model\.safetensors nor model\.pth"):
         read_weights(tmp_path, {"x"})
     with pytest.raises(SpecError, match="3 heads do not divide"):
         LavtConfig(embed=8, heads=(3, 3, 3, 3))

@@ -117,7 +117,7 @@ def test_sentences_become_ids_between_cls_and_sep_padded_and_cut(encode):
 
 
 def test_a_batch_keeps_each_sentence_with_its_picture(encode):
-    """The release cuts a list of images (one for each object) and one of sentences to one length: they part at the first object with two sentences."""
+    """The release cuts a list of images (one an object) and one of sentences to one length: they part at the first object with two."""
     triples = make("train", range(4), sentences=3)
     batch = model_batch(triples.take([4, 0, 11]), encode)
     again = model_batch(make("train", [1, 0, 3], sentences=3).take([1, 3, 8]), encode)

@@ -128,8 +128,8 @@ def test_patterns_that_name_nothing_are_an_error(folder, registry):
 def test_source_and_task_keep_their_contracts(folder, registry):
     check_source(LavtSource(), f"lavt:{folder}")
     loaded = load_source(f"lavt:{folder}", registry.sources)
-    task, adapter = loaded.data.task(), adapter_for(loaded.model, registry.adapters)
-    check_task(task, float_forward(loaded, adapter))
+    # a model that is right: one with random weights may come nearer to the truth by chance when noise is added
+    check_task(loaded.data.task(), lambda batch: 8.0 * torch.stack([~batch["target"], batch["target"]], -1).float())
 
 
 def test_the_float_model_scores_as_itself(folder, registry, tmp_path):
@@ -139,7 +139,9 @@ def test_the_float_model_scores_as_itself(folder, registry, tmp_path):
     assert scores["kl"] == 0 and scores["top1"] == 1 and scores["miou"] == scores["miou_reference"] and scores["sentences"] == 12
 
 
-@pytest.mark.parametrize("recipe", ["lavt-w8a8", "lavt-w6a6", "lavt-w4a8", "lavt-w4a4", "ptq4ris-w8a8", "ptq4ris-w6a6", "ptq4ris-w4a8", "ptq4ris-w4a4"])
+@pytest.mark.parametrize(
+    "recipe", ["lavt-w8a8", "lavt-w6a6", "lavt-w4a8", "lavt-w4a4", "ptq4ris-w8a8", "ptq4ris-w6a6", "ptq4ris-w4a8", "ptq4ris-w4a4"]
+)
 def test_plans_of_all_recipes(folder, recipe, capsys):
     assert main(["plan", f"lavt:{folder}", "--recipe", recipe, "--set", "calibration.samples=4", "--set", "calibration.batch=2"]) == 0
     assert "conv1_1.weight (rule" in capsys.readouterr().out.replace("\n", " ")

@@ -52,7 +52,7 @@ def weighted(rows, weight, scales, fmt) -> float:
 
 
 def test_the_divergence_from_itself_has_no_gradient_and_the_release_takes_it():
-    """`sequential=False`: every layer is still float when the gradients are collected, so the released loss is the divergence of a model from itself."""
+    """`sequential=False`: every layer is still float when gradients are collected, so the released loss is that of a model and itself."""
     logits = torch.randn(500, 2, generator=generator())
     slope, noise = slopes(logits, "argmax")
     assert noise < 1e-13 and slope > 1e-2
@@ -80,7 +80,7 @@ def test_losses_look_at_the_classes_and_not_at_the_width(kind):
 
 def test_a_model_that_is_certain_of_every_pixel_is_refused():
     logits = torch.tensor([[40.0, -40.0]]).repeat(100, 1)
-    with pytest.raises(CalibrationError, match="allocator.loss=sampled"):
+    with pytest.raises(CalibrationError, match=r"allocator\.loss=sampled"):
         require_slope(*slopes(logits, "argmax"))
 
 
@@ -225,7 +225,7 @@ def test_affine_search_is_no_worse_than_the_full_range_in_any_row(signed):
     w[0] = w[0].abs()
     w[1] = 0.0
     spec = QuantSpec(format=Int(4, signed), granularity=PerChannel(0), offset=Offset.CODE, scale="float16")
-    error = lambda q: (q.dequantize() - w).abs().pow(2.4).sum(1)  # noqa: E731
+    error = lambda q: (q.dequantize() - w).abs().pow(2.4).sum(1)
     ours, full = error(AffineSearch().solve(w, spec, {})), error(quantize(w, spec))
     assert bool((ours <= full * (1 + 1e-5)).all()) and float(ours.sum()) < float(full.sum())
     assert bool((ours <= error(AffineSearch(reach=0).solve(w, spec, {})) * (1 + 1e-6)).all())

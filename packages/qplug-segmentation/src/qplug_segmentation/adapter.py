@@ -35,7 +35,7 @@ class LavtAdapter(ModelAdapter):
         for name, p in model.named_parameters(remove_duplicate=False):
             for axis in ("out", "in"):
                 if p.ndim > 1 and (name, axis) not in covered:
-                    blocked[Port(name, axis)] = _why(name, axis)  # type: ignore[arg-type]
+                    blocked[Port(name, axis)] = _why(name, axis)
         activations = tuple(site for path in attentions for site in attention_sites(path))
         return Topology(blocks, links, blocked, activations, tied_names(model))
 
@@ -92,10 +92,9 @@ def _links(model: Any) -> Iterator[Link]:
         for j, block in enumerate(stage.blocks):
             at = f"backbone.layers.{i}.blocks.{j}"
             width, hidden = block.attn.proj.in_features, block.mlp.fc1.out_features
-            value = (range(2 * width, 3 * width),)
-            yield Link(
-                f"{at}.v→proj", width, _ports(f"{at}.attn.qkv", "out", channels=value), _ports(f"{at}.attn.proj", "in"), ALL, heads=block.attn.num_heads
-            )
+            v = _ports(f"{at}.attn.qkv", "out", channels=(range(2 * width, 3 * width),))
+            read = _ports(f"{at}.attn.proj", "in")
+            yield Link(f"{at}.v→proj", width, v, read, ALL, heads=block.attn.num_heads)
             yield Link(f"{at}.mlp", hidden, _ports(f"{at}.mlp.fc1", "out"), _ports(f"{at}.mlp.fc2", "in"), Invariance.PERMUTE)
 
 

@@ -139,7 +139,7 @@ class PTQ4RIS(Allocator):
         return choices
 
     def _products(self, taps: Sequence[Site], linear: Mapping[str, Site]) -> dict[str, str]:
-        """Attentions whose output a layer beside them reads, with that layer: in the fusion it is a convolution, and rules say what is stored there."""
+        """Attentions whose output a linear layer beside them reads, with that layer; the fusion's is a convolution, and rules say what it gets."""
         return {s.module: f"{s.module}.proj" for s in taps if f"{s.module}.proj" in linear}
 
 

@@ -78,7 +78,7 @@ def self_divergence(rows: Tensor) -> Tensor:
 
 
 def slopes(rows: Tensor, kind: Loss, seed: int = 0) -> tuple[float, float]:
-    """(mean squared gradient of the loss in these logits, that of `self_divergence`; the latter at least that of probabilities off by one rounding)."""
+    """(mean squared gradient of the loss in these logits, that of `self_divergence`: at least that of probabilities off by one rounding)."""
     found = []
     for loss in (partial(loss_of, kind=kind, seed=seed), self_divergence):
         with torch.enable_grad():

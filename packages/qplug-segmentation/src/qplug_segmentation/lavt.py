@@ -7,7 +7,7 @@ Differs from the release: batch norms of the decoder are ordinary ones (the rele
 in eval mode); the pixels of `patch_embed` are padded to whole patches, as there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class LavtConfig:
         return tuple(self.embed << i for i in range(4))
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "LavtConfig":
+    def from_dict(cls, data: Mapping[str, Any]) -> "LavtConfig":
         known = set(cls.__dataclass_fields__)
         if unknown := sorted(set(data) - known):
             raise SpecError(f"a LAVT has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}")
@@ -216,9 +216,9 @@ class Lavt(nn.Module):
     def __init__(self, config: LavtConfig) -> None:
         super().__init__()
         self.config = config
-        self.text_encoder = _bert(config)
-        words = self.text_encoder.config.hidden_size
-        self.backbone = Backbone(config, words)
+        text_encoder = _bert(config)
+        self.text_encoder = text_encoder
+        self.backbone = Backbone(config, text_encoder.config.hidden_size)
         self.classifier = SimpleDecoding(config.widths, config.decoder or config.widths[3] // 2)
 
     def forward(self, image: Tensor, ids: Tensor, words: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class Lavt(nn.Module):
         return F.interpolate(self.classifier(c4, c3, c2, c1), image.shape[2:], mode="bilinear", align_corners=True)
 
 
-def _bert(config: LavtConfig) -> nn.Module:
+def _bert(config: LavtConfig) -> Any:
     from transformers import BertConfig, BertModel
 
     register_attention()
@@ -258,11 +258,8 @@ def _bert_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`qcore.model.attention` as transformers calls it.  attention_mask: [B, 1, T, S] bool, True = attend, or None"""
-    bias = None
-    if attention_mask is not None:
-        low = torch.finfo(query.dtype).min
-        bias = attention_mask if attention_mask.dtype != torch.bool else torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, low)
+    bias = attention_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, torch.finfo(query.dtype).min)
     y = attention(module, query, key, value, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling, bias=bias)
     return y.transpose(1, 2).contiguous(), None
-
-

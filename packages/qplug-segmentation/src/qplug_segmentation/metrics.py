@@ -45,7 +45,7 @@ class Masks:
         return torch.where(either > 0, both / either.clamp(min=1), 0.0)
 
     def scores(self) -> dict[str, float]:
-        """ "miou": mean over sentences; "oiou": all intersections over all unions; "p50" … "p90": share of sentences with an IoU of .5 … .9 or more."""
+        """ "miou": mean over sentences; "oiou": all intersections over all unions; "p50" … "p90": share of sentences with an IoU ≥ .5 … .9."""
         if not self.unions:
             raise QcoreError("no mask was compared; there are no scores")
         ious, union = self.ious, sum(self.unions)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-import torch
 from qcore.calibration.observers import Percentile
 from qcore.errors import SpecError
 from qcore.numbers import Int, PerTensor, QuantSpec, fake_quantize, scale_parts

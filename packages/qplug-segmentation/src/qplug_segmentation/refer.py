@@ -148,7 +148,9 @@ def _json(file: Path, keys: set[str] | None) -> Any:
     except (OSError, ValueError) as e:
         raise CalibrationError(f"{file} cannot be read as JSON ({e})") from e
     if keys is not None and (not isinstance(data, dict) or not keys <= set(data)):
-        raise CalibrationError(f"{file} lacks {sorted(keys - set(data))[0] if isinstance(data, dict) else 'its table'}; it is no COCO file of instances")
+        raise CalibrationError(
+            f"{file} lacks {sorted(keys - set(data))[0] if isinstance(data, dict) else 'its table'}; it is no COCO file of instances"
+        )
     return data
 
 

@@ -28,13 +28,13 @@ def symmetric_grid(largest: float, bits: int) -> StepGrid:
 class OutlierBands:
     """How the thresholds of `MagnitudeBands` are found: T = mean + `deviations` standard deviations of |x|, again and again on what lies above.
 
-    threshold: "mean": mean and deviation of the non-zero magnitudes (the paper); "median": median and `deviations` times the median deviation · 1.4826
+    threshold: "mean": mean and deviation of the non-zero magnitudes (the paper); "median": median and median deviation (times 1.4826)
     bands:     at most so many
     share:     a band that would hold a smaller share of all values than this is one with the band below it; 0 = as the release
 
-    Source: PTQ4RIS, section III-C and `reorder` of its code, which allows ten bands.  Its early exit where there are no outliers tests the size of the
-    tensor and never happens; here a tensor below the first threshold has one band.  Its bands are fitted on tensors in which all other values were set
-    to zero, so every range is two-sided; here a band's grid covers the values in it, and zero.
+    Source: PTQ4RIS, section III-C and `reorder` of its code, which allows ten bands.  Its early exit where there are no outliers tests the size of
+    the tensor and never happens; here a tensor below the first threshold has one band.  Its bands are fitted on tensors in which all other values
+    were set to zero, so every range is two-sided; here a band's grid covers the values in it, and zero.
     """
 
     threshold: Literal["mean", "median"] = "mean"

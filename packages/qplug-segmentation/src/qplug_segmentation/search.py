@@ -80,9 +80,7 @@ class FoundLayer:
     error: float
 
 
-def search_layer(
-    rows: LayerRows, weight: Tensor, spec: QuantSpec, bits: int, family: Family, c: Candidates, groups: int = 1
-) -> FoundLayer:
+def search_layer(rows: LayerRows, weight: Tensor, spec: QuantSpec, bits: int, family: Family, c: Candidates, groups: int = 1) -> FoundLayer:
     """Scales of a weight and the format of its input.
 
     weight: [N, K];  spec: what is stored of it, a scale for each row;  bits: of the input;  groups: of N / groups rows with one scale (3 for q, k, v)
@@ -119,7 +117,9 @@ def on_scale(w: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (w / rows).round_().clamp_(spec.format.lo, spec.format.hi).mul_(rows)
 
 
-def search_product(a: Tensor, b: Tensor, grad: Tensor | None, a_formats: Sequence[NumberFormat], b_formats: Sequence[NumberFormat], rounds: int) -> tuple[NumberFormat, NumberFormat]:
+def search_product(
+    a: Tensor, b: Tensor, grad: Tensor | None, a_formats: Sequence[NumberFormat], b_formats: Sequence[NumberFormat], rounds: int
+) -> tuple[NumberFormat, NumberFormat]:
     """Formats of both operands of a @ b, in turn, each while the other one is quantized.  a: [..., T, K], b: [..., K, N]"""
     target = a @ b
     heavy = torch.ones(()) if grad is None else _normal(grad.square())

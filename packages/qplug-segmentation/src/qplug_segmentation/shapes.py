@@ -1,8 +1,8 @@
 """Pictures of coloured shapes with sentences that each mean one of them: referring segmentation without a download.
 
-A picture is made from (seed, split, number) alone, so the two splits never share one, and any number of them can be made.  Sentences name a colour and
-a shape, a shape or a colour that is there once, where the shape lies among all ("the leftmost circle"), or beside what it lies: "the red circle
-left of the blue square".  Each sentence is checked to be true of exactly one shape in its picture.
+A picture is made from (seed, split, number) alone, so the two splits never share one, and any number of them can be made.  Sentences name a colour
+and a shape, a shape or a colour that is there once, where the shape lies among all ("the leftmost circle"), or beside what it lies: "the red
+circle left of the blue square".  Each sentence is checked to be true of exactly one shape in its picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,9 +90,7 @@ def make(split: Split, numbers: Sequence[int], *, seed: int = 0, sentences: int 
             of.append(i)
             said.append(sentence)
             masks.append(covers[which])
-    return Triples(
-        torch.from_numpy(np.stack(images)), torch.tensor(of, dtype=torch.long), tuple(said), torch.from_numpy(np.stack(masks))
-    )
+    return Triples(torch.from_numpy(np.stack(images)), torch.tensor(of, dtype=torch.long), tuple(said), torch.from_numpy(np.stack(masks)))
 
 
 def _things(rng: np.random.Generator, side: int) -> list[Thing]:

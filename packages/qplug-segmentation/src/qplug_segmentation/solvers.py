@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GivenScales(WeightSolver):
-    """Round to nearest on scales that are given, one for each group of N / len(scales) rows.  For allocators that search; specs have a scale a row."""
+    """Round to nearest on given scales, one for each group of N / len(scales) rows.  For allocators that search; specs have a scale a row."""
 
     name: ClassVar[str] = "given-scales"
     scales: tuple[float, ...]
@@ -45,8 +45,8 @@ class GivenScales(WeightSolver):
 class AtATap(WeightSolver):
     """Stands where a choice for a tap has no weight to solve.
 
-    The journal of a run keeps choices for weights and their inputs alone, and would refuse others when it goes on; `unkept` is nothing that a file can
-    hold, so an allocation with taps is not kept, and a run that was interrupted finds it anew.
+    The journal of a run keeps choices for weights and their inputs alone, and would refuse others when it goes on; `unkept` is nothing that a file
+    can hold, so an allocation with taps is not kept, and a run that was interrupted finds it anew.
     """
 
     name: ClassVar[str] = "at-a-tap"
@@ -65,8 +65,8 @@ class AffineSearch(WeightSolver):
     """For each row, the scale and the zero point of least Σ |error|^p: ranges shrunk in `steps` steps, each with zero points around its own.
 
     A range i/steps of max - min has a scale; of zero points, all within `reach` of the one that the row's own ends call for are tried.
-    Source: the two-dimensional search of PTQ4RIS's (QDrop's) MSE observer, which tries all 2^bits zero points for each of 100 ranges: at 8 bits 25,600
-    candidates a row.  Rows of one sign are searched in one dimension there and here.
+    Source: the two-dimensional search of PTQ4RIS's (QDrop's) MSE observer, which tries all 2^bits zero points for each of 100 ranges: at 8 bits
+    25,600 candidates a row.  Rows of one sign are searched in one dimension there and here.
 
     p: exponent of the error
     """

@@ -113,11 +113,13 @@ def read_weights(folder: Path, expected: set[str]) -> TensorReader:
     names = {n for n in stored.names() if not n.endswith(_LEFT_OUT) and not n.startswith("text_encoder.pooler")}
     if missing := sorted(expected - names):
         raise CheckpointError(
-            f"{folder}: the weights lack {len(missing)} of {len(expected)} tensors, {missing[0]} first; are they of lavt_one (not 'lavt', which keeps "
-            f"BERT in a checkpoint of its own), and do the sizes in {_CONFIG} fit?"
+            f"{folder}: the weights lack {len(missing)} of {len(expected)} tensors, {missing[0]} first; are they of lavt_one (not 'lavt', which "
+            f"keeps BERT in a checkpoint of its own), and do the sizes in {_CONFIG} fit?"
         )
     if extra := sorted(names - expected):
-        raise CheckpointError(f"{folder}: {len(extra)} tensors have no place in the model, {extra[0]} first; do the sizes in {_CONFIG} fit the weights?")
+        raise CheckpointError(
+            f"{folder}: {len(extra)} tensors have no place in the model, {extra[0]} first; do the sizes in {_CONFIG} fit the weights?"
+        )
     return Float32Reader(stored, expected)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from qcore.testing.models import randomize
+
 from qplug_segmentation.lavt import Lavt, LavtConfig
 from qplug_segmentation.shapes import WORDS
 

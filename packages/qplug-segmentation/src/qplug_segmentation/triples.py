@@ -45,7 +45,7 @@ class Triples:
                 f"{m} sentences want an image index [{m}] and bool masks [{m}, {size[0]}, {size[1]}], got {tuple(self.image_of.shape)} and "
                 f"{self.masks.dtype} of shape {tuple(self.masks.shape)}"
             )
-        if m and not (0 <= int(self.image_of.min()) and int(self.image_of.max()) < len(self.images)):
+        if m and not (int(self.image_of.min()) >= 0 and int(self.image_of.max()) < len(self.images)):
             raise CalibrationError(f"a sentence is about image {int(self.image_of.max())}, and there are {len(self.images)}")
 
     def __len__(self) -> int:
