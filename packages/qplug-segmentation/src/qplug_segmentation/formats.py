@@ -185,7 +185,7 @@ class MagnitudeBands(NumberFormat):
             raise SpecError(f"unknown rule {self.rule!r} of magnitude bands; have: nearest, band")
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
+    def bits(self) -> int:
         return self.width + (len(self.thresholds) - 1).bit_length()
 
     @property

@@ -55,7 +55,7 @@ class LavtConfig:
         known = set(cls.__dataclass_fields__)
         if unknown := sorted(set(data) - known):
             raise SpecError(f"a LAVT has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
