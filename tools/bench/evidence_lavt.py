@@ -46,6 +46,11 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no-gelu": ("ptq4ris", ("allocator.gelu=[]",), "without DRQ behind the GELU (an affine grid is searched)"),
     "no-rorq": ("ptq4ris", ("allocator.text=[]",), "without RORQ (range of least error)"),
     "no-hessian": ("ptq4ris", ('allocator.metric="mse"',), "without the Hessian (errors weigh alike)"),
+    "no-any": (
+        "ptq4ris",
+        ('allocator.softmax="uniform"', "allocator.gelu=[]", "allocator.text=[]", 'allocator.metric="mse"'),
+        "without all four: ranges and scales of least error alone",
+    ),
     "band": ("ptq4ris", ('allocator.rule="band"',), "RORQ with the paper's rule of bands"),
 }
 
