@@ -3,8 +3,8 @@
     python tools/zoo/train_tiny_petr.py                      both, about 4 minutes of one core
     python tools/zoo/train_tiny_petr.py --only qfpe --steps 50
 
-The two differ in `embedding` alone: same seed, same scenes in the same order, same steps.  Every step sees new scenes of training seeds, so nothing is seen
-twice; the score is that of evaluation seeds.
+The two differ in `embedding` alone: same seed, same scenes in the same order, same steps.  Every step sees new scenes of training seeds,
+so nothing is seen twice; the score is that of evaluation seeds.
 """
 
 import argparse

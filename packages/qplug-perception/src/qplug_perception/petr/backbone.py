@@ -34,8 +34,8 @@ class DeformableConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.offset = nn.Conv2d(inputs, 27, 3, stride, 1)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for p in self.offset.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         moved = self.offset(x)  # [B, 27, h, w]
@@ -147,12 +147,12 @@ def _from_timm(name: str) -> tuple[nn.Module, tuple[int, int]]:
         raise NotFound(f"backbone timm:{name} is a model of timm, which is not installed: pip install timm") from e
     if not timm.is_model(name):
         raise NotFound(f"timm {timm.__version__} has no model {name!r}; `timm.list_models()` lists those it has")
-    whole = timm.create_model(name, features_only=True, pretrained=False)
+    whole: Any = timm.create_model(name, features_only=True, pretrained=False)
     strides = whole.feature_info.reduction()
     if 16 not in strides or 32 not in strides:
         raise SpecError(f"PETR reads features at strides 16 and 32, timm's {name} gives {strides}")
     at = (strides.index(16), strides.index(32))
-    cut = timm.create_model(name, features_only=True, pretrained=False, out_indices=at)
+    cut: Any = timm.create_model(name, features_only=True, pretrained=False, out_indices=at)
     fine, coarse = cut.feature_info.channels()
     assert all(a < b for a, b in pairwise(cut.feature_info.reduction()))
     return cut, (fine, coarse)

@@ -17,13 +17,15 @@ class PETRConfig:
     cameras:        how many images belong together
     embedding:      "petr": 64 points on the ray of each pixel, through inverse_sigmoid;  "qfpe": one point between anchors
     depths, depth_start: of "petr": how many depths, and the nearest one, in metres
-    anchors, anchor_width, anchor_depth: of "qfpe": locations on each axis, channels of each vector (0 = width / 2), the depth of the one point in metres
+    anchors, anchor_width, anchor_depth: of "qfpe": locations on each axis, channels of each vector (0 = width / 2), the depth of the one point in
+    metres
     position_range: metres (x, y, z nearest, x, y, z farthest) to which positions of pixels are normalized
     pc_range:       the same for the centres of boxes
     post_range:     boxes whose centre lies outside are dropped
     keep:           how many boxes are decoded
     backbone:       "resnet", built here, or "timm:<name>", without weights of its own
-    stem, channels, blocks, bottleneck, caffe, deformable: of "resnet".  caffe: a bottleneck strides in its 1×1;  deformable: stages whose 3×3 are DCNv2
+    stem, channels, blocks, bottleneck, caffe, deformable: of "resnet".  caffe: a bottleneck strides in its 1×1;  deformable: stages whose 3×3 are
+    DCNv2
     mean, std:      what is taken from pixel values 0 … 255, and by what they are divided;  bgr: the order of the colours
     """
 

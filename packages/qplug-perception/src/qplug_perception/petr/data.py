@@ -20,7 +20,10 @@ from qplug_perception.petr.scenes import EVALUATION, make_scenes
 
 Progress = Any
 _MADE_FOR_CALIBRATION, _MADE_FOR_EVALUATION = 256, 200
-FORMAT = "a safetensors file with `images` uint8 [n, N, 3, H, W], `lidar2img` [n, N, 4, 4], and, to be judged by, `boxes` [m, 9], `labels` [m] and `counts` [n]"
+FORMAT = (
+    "a safetensors file with `images` uint8 [n, N, 3, H, W], `lidar2img` [n, N, 4, 4], and, to be judged by, "
+    "`boxes` [m, 9], `labels` [m] and `counts` [n]"
+)
 
 
 @dataclass(frozen=True)

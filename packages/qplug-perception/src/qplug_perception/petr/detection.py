@@ -16,8 +16,8 @@ def average_precision(found: Sequence[Detections], boxes: Sequence[Tensor], labe
 
     found, boxes, labels: one entry a sample
 
-    Detections are taken by falling score over all samples; each takes the nearest box of its class and sample that is free, in the plane of the ground,
-    and is right where that lies within the distance.  The area is that of precision over recall above 0.1 each, scaled to 0 … 1.
+    Detections are taken by falling score over all samples; each takes the nearest box of its class and sample that is free, in the plane of the
+    ground, and is right where that lies within the distance.  The area is that of precision over recall above 0.1 each, scaled to 0 … 1.
 
     Source: the nuScenes detection task, https://www.nuscenes.org/object-detection, and its devkit's `accumulate` and `calc_ap`.
     """

@@ -1,11 +1,11 @@
 """DULUT: a function of one variable by two small tables, each linear between evenly spaced entries, y = T2(T1(x)).
 
-T1 says where in T2 to look.  Where it rises by k over one of its cells, the function has k straight pieces there; where it rises by 1 over m cells, one piece
-spans all m.  So pieces are short where the function bends, although both tables are uniform, as hardware has them.
+T1 says where in T2 to look.  Where it rises by k over one of its cells, the function has k straight pieces there; where it rises by 1 over m
+cells, one piece spans all m.  So pieces are short where the function bends, although both tables are uniform, as hardware has them.
 
-Tables are found by splitting and merging: the worst piece is split, and paid for by merging the two neighbouring pieces that are missed least, as long as
-the largest error falls.  Corners of pieces lie on cell boundaries or divide a cell evenly, so the cascade is those pieces exactly.  Fitting free corners first
-and sampling them onto T1's grid gives errors 20 to 160 times as large [M].
+Tables are found by splitting and merging: the worst piece is split, and paid for by merging the two neighbouring pieces that are missed least, as
+long as the largest error falls.  Corners of pieces lie on cell boundaries or divide a cell evenly, so the cascade is those pieces exactly.
+Fitting free corners first and sampling them onto T1's grid gives errors 20 to 160 times as large [M].
 
 The split and merge is the paper's idea [2]; its details, how a merged piece is taken apart among them, are inferred [I].
 
@@ -15,6 +15,7 @@ Source: FQ-PETR, https://arxiv.org/abs/2502.15488, section on DULUT.  The reposi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil, log2
 from typing import Literal
 
@@ -170,11 +171,7 @@ class _Builder:
 
     def cheapest(self, pieces: list[_Piece], spared: list[_Piece]) -> int | None:
         """Where two neighbours, single pieces both, are merged with the least error; pieces in `spared` are not touched.  None: nowhere"""
-        places = [
-            i
-            for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
-            if a.straight == b.straight == 1 and a not in spared and b not in spared
-        ]
+        places = [i for i, (a, b) in enumerate(pairwise(pieces)) if a.straight == b.straight == 1 and a not in spared and b not in spared]
         return min(places, key=lambda i: self.error(_merged(pieces[i], pieces[i + 1])), default=None)
 
 

@@ -1,7 +1,7 @@
 """What PETR is trained by: focal loss and L1, queries matched to boxes by the Hungarian method.
 
-Source: the release's PETRHead.loss_single and HungarianAssigner3D: weights 2 and 0.25, code weights 1 but 0.2 for velocities, the matching cost over the
-first eight numbers alone.
+Source: the release's PETRHead.loss_single and HungarianAssigner3D: weights 2 and 0.25, code weights 1 but 0.2 for velocities, the matching cost
+over the first eight numbers alone.
 """
 
 from collections.abc import Sequence

@@ -8,8 +8,9 @@
 
 Out come logits [B, Q, classes] and codes [B, Q, 10]: (cx, cy, log w, log l, cz, log h, sin, cos, vx, vy), centres in metres.
 
-Source: PETR, https://arxiv.org/abs/2203.05625, and its release (megvii-research/PETR).  Where the two differ this is the release: all decoder layers share
-one classification and one regression branch, for its list holds one object six times; the flag of pixels that look outside the range is not used.
+Source: PETR, https://arxiv.org/abs/2203.05625, and its release (megvii-research/PETR).  Where the two differ this is the release: all decoder
+layers share one classification and one regression branch, for its list holds one object six times; the flag of pixels that look outside the range
+is not used.
 """
 
 from typing import Any

@@ -2,8 +2,8 @@
 
 Source: PETR, https://arxiv.org/abs/2203.05625, section 3.2, and the release's `PETRHead.position_embeding`.
 
-Differs from the release: matrices are inverted in float64 on the device, not one by one in numpy; a matrix without an inverse is an error and not a NaN
-that is found in the loss.
+Differs from the release: matrices are inverted in float64 on the device, not one by one in numpy; a matrix without an inverse is an error and not
+a NaN that is found in the loss.
 """
 
 import math
@@ -49,13 +49,13 @@ def pixel_points(lidar2img: Tensor, grid: tuple[int, int], image: tuple[int, int
     Cell (i, j) stands for pixel (j·width / columns, i·height / rows), its upper left corner, as in the release.
     """
     (rows, columns), (height, width) = grid, image
-    at = {"dtype": torch.float64, "device": lidar2img.device}
-    v = torch.arange(rows, **at) * (height / rows)
-    u = torch.arange(columns, **at) * (width / columns)
-    d = depths.to(**at)
+    device = lidar2img.device
+    v = torch.arange(rows, dtype=torch.float64, device=device) * (height / rows)
+    u = torch.arange(columns, dtype=torch.float64, device=device) * (width / columns)
+    d = depths.to(device, torch.float64)
     near = d.clamp(min=EPS)
     homogeneous = torch.stack(
-        torch.broadcast_tensors(u[None, :, None] * near, v[:, None, None] * near, d[None, None, :], torch.ones((), **at)), -1
+        torch.broadcast_tensors(u[None, :, None] * near, v[:, None, None] * near, d[None, None, :], torch.ones_like(d)), -1
     )  # [rows, columns, D, 4]
     points = torch.einsum("bnij,hwdj->bnhwdi", image_to_lidar(lidar2img)[..., :3, :], homogeneous)
     return points.to(lidar2img.dtype)

@@ -1,10 +1,10 @@
 """QANS: a softmax's input is quantized after its largest value was taken off, so that eight bits are spent where probabilities are.
 
-x̂ = x - max(x) in full precision, then codes of [-β, 0] in steps of β / (2^b - 1), values below -β clipped.  Quantized before, a row's scale is that of the
-largest logit of all rows, and its top is rounded by half a step.
+x̂ = x - max(x) in full precision, then codes of [-β, 0] in steps of β / (2^b - 1), values below -β clipped.  Quantized before, a row's scale is
+that of the largest logit of all rows, and its top is rounded by half a step.
 
-β comes from candidates, by the mean L1 distance between the softmax of codes and that of floats, on calibration data [2].  The paper finds β = 20 without
-loss; on normal logits 15 is as good or better, below 10 it is much worse [M].
+β comes from candidates, by the mean L1 distance between the softmax of codes and that of floats, on calibration data [2].  The paper finds β = 20
+without loss; on normal logits 15 is as good or better, below 10 it is much worse [M].
 
 Source: FQ-PETR, https://arxiv.org/abs/2502.15488, section on QANS.  The repository that the paper names holds no code.
 """
@@ -146,7 +146,8 @@ class QANS(Transform):
 
     bits:       of the stabilized logits
     candidates: of β; one of them alone needs no calibration data
-    exp:        "float", or "dulut": two tables of 32 entries.  Each key's term is then off by up to 8e-4, so rows of thousands of keys are better left
+    exp:        "float", or "dulut": two tables of 32 entries.  Each key's term is then off by up to 8e-4, so rows of thousands of keys are better
+    left
                 with "float": the tables are built for the largest error, not for the sum of many small ones
     """
 

@@ -4,8 +4,8 @@ No value passes an inverse_sigmoid, and what the perceptron reads is a convex co
 them, wherever the point lies.
 
 Inferred, for the paper leaves them open: anchors lie evenly from one end of the range to the other [I]; vectors have width / 2 channels, as the sine
-features of the queries have [I].  The geometry is PETR's with the single depth of 30 m [2]; that the ray leaves the LiDAR's origin rather than the camera's
-is how the paper puts it, with the very formula that is used here.
+features of the queries have [I].  The geometry is PETR's with the single depth of 30 m [2]; that the ray leaves the LiDAR's origin rather than the
+camera's is how the paper puts it, with the very formula that is used here.
 
 Source: Q-PETR / FQ-PETR, https://arxiv.org/abs/2502.15488, sections on QFPE (v1: QD-PE).  The repository that the paper names holds no code.
 """
@@ -68,7 +68,7 @@ class QFPE(nn.Module):
     depths: Tensor
 
     def coordinates(self, lidar2img: Tensor, grid: tuple[int, int], image: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What the perceptron reads, [B, N, 3·C, rows, columns], and which cells lie outside, [B, N, rows, columns] bool: more than half a coordinate."""
+        """What the perceptron reads, [B, N, 3·C, rows, columns], and which cells lie outside by any coordinate, [B, N, rows, columns] bool."""
         points = pixel_points(lidar2img, grid, image, self.depths).squeeze(-2)
         low, high = points.new_tensor(self.position_range[:3]), points.new_tensor(self.position_range[3:])
         outside = ((points > high) | (points < low)).sum(-1) > 0.5

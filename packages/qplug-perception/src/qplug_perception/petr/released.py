@@ -13,8 +13,8 @@
 | pts_bbox_head.cls_branches.5, reg_branches.5 | classify, regress |
 
 The six branches of the release are one object, so its file holds them six times; where they differ the file is of another network, and is refused.
-`code_weights` of the loss is left out.  Everything else that has no place here is refused by name, as is whatever is missing: VoVNet, PETRv2 and StreamPETR
-are not built here.  Files are read as tensors alone: nothing in them is run.
+`code_weights` of the loss is left out.  Everything else that has no place here is refused by name, as is whatever is missing: VoVNet, PETRv2 and
+StreamPETR are not built here.  Files are read as tensors alone: nothing in them is run.
 
 Not tried on the released files themselves, which were not at hand; names are those that its code gives.
 """

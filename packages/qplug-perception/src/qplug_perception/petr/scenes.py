@@ -1,8 +1,8 @@
 """A made-up world of coloured blobs before six cameras: what small detectors are trained, calibrated and judged on, by seed.
 
-A scene is a flat ground with two to five boxes of three kinds around the rig.  Each camera sees a box as an ellipse that fills the rectangle around its
-eight corners, in its kind's colour, nearer ones before farther ones, on a noisy ground and sky.  So where a box stands follows from where its blob is
-and how large.  Its orientation hardly shows: headings differ by 17° at most, velocities are zero, and scores go by centres.
+A scene is a flat ground with two to five boxes of three kinds around the rig.  Each camera sees a box as an ellipse that fills the rectangle
+around its eight corners, in its kind's colour, nearer ones before farther ones, on a noisy ground and sky.  So where a box stands follows from
+where its blob is and how large.  Its orientation hardly shows: headings differ by 17° at most, velocities are zero, and scores go by centres.
 
 Scenes of training have seeds below 10⁹ and those of evaluation from there on, so that none is both.
 """

@@ -4,7 +4,7 @@
 |---|---|
 | `petr:tiny-petr`, `petr:tiny-qfpe` | the small detectors of this package, trained on made scenes (`tools/zoo/train_tiny_petr.py`) |
 | a folder | `config.json` with "model_type": "petr" (`PETRConfig`), and `model.safetensors`: what qcore writes |
-| `petr:<config.json>@<weights>` | that config, and weights from a file: .safetensors, or .pth with tensors alone; names of the release are taken over, see released.py |
+| `petr:<config.json>@<weights>` | that config, and weights from a file, .safetensors or .pth with tensors alone; also the release's, see released.py |
 | `petr:<config.json>@random`, `@random:7` | random weights by seed, to try things out |
 
 Nothing is ever downloaded.

@@ -1,6 +1,7 @@
 """Small PETRs of both position embeddings, with random weights, for tests."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from qcore.testing.models import randomize
@@ -33,11 +34,13 @@ SMALL = PETRConfig(
 )
 
 
-def small_petr(**changes) -> PETR:
+def small_petr(**changes: Any) -> PETR:
     """Weights that hide nothing: no gain is 1, no bias 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(PETR(replace(SMALL, **changes))).eval()
+        model = PETR(replace(SMALL, **changes)).eval()
+        randomize(model)
+        return model
 
 
 def small_batch(samples: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
