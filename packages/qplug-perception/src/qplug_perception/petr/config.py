@@ -96,6 +96,7 @@ class PETRConfig:
         if unknown := sorted(set(data) - known):
             raise SpecError(f"a PETR's config has no entry {unknown[0]!r}; have: {', '.join(sorted(known))}")
         try:
-            return cls(**{name: tuple(value) if name in _TUPLES else value for name, value in data.items()})
+            given: dict[str, Any] = {name: tuple(value) if name in _TUPLES else value for name, value in data.items()}
+            return cls(**given)
         except TypeError as e:
             raise SpecError(f"a PETR's config has an entry of the wrong type: {e}") from e

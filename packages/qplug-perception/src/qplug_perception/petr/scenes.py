@@ -1,6 +1,6 @@
 """A made-up world of coloured blobs before six cameras: what small detectors are trained, calibrated and judged on, by seed.
 
-A scene is a flat ground with two to five boxes of three kinds around the rig.  Each camera sees a box as an ellipse that fills the rectangle
+A scene is a flat ground with two to four boxes of three kinds around the rig.  Each camera sees a box as an ellipse that fills the rectangle
 around its eight corners, in its kind's colour, nearer ones before farther ones, on a noisy ground and sky.  So where a box stands follows from
 where its blob is and how large.  Its orientation hardly shows: headings differ by 17° at most, velocities are zero, and scores go by centres.
 
@@ -20,7 +20,7 @@ KINDS = ("car", "pedestrian", "truck")
 _SIZES = torch.tensor([[1.8, 4.2, 1.6], [0.9, 0.9, 1.8], [2.5, 6.5, 3.0]])  # w, l, h in metres
 _COLOURS = torch.tensor([[40.0, 60.0, 220.0], [60.0, 210.0, 60.0], [220.0, 110.0, 40.0]])  # blue, green, red: the order of the images
 GROUND = -1.6  # metres below the LiDAR
-NEAREST, FARTHEST = 4.0, 17.0
+NEAREST, FARTHEST = 4.0, 13.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_scenes(seeds: Iterable[int], height: int = 64, width: int = 112) -> lis
 
 
 def _boxes(chance: torch.Generator) -> tuple[Tensor, Tensor]:
-    count = int(torch.randint(2, 6, (), generator=chance))
+    count = int(torch.randint(2, 5, (), generator=chance))
     places: list[Tensor] = []
     while len(places) < count:
         r, angle = torch.rand(2, generator=chance) * torch.tensor([FARTHEST - NEAREST, 2 * math.pi]) + torch.tensor([NEAREST, 0.0])

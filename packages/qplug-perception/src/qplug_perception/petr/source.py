@@ -3,14 +3,15 @@
 | address | model |
 |---|---|
 | `petr:tiny-petr`, `petr:tiny-qfpe` | the small detectors of this package, trained on made scenes (`tools/zoo/train_tiny_petr.py`) |
-| a folder | `config.json` with "model_type": "petr" (`PETRConfig`), and `model.safetensors`: what qcore writes |
-| `petr:<config.json>@<weights>` | that config, and weights from a file, .safetensors or .pth with tensors alone; also the release's, see released.py |
+| a folder | `config.json` with "model_type": "petr" and a table "petr" (`PETRConfig`), and `model.safetensors`: what qcore writes |
+| `petr:<config.json>@<weights>` | that config, and weights from a file, .safetensors or .pth of tensors alone; the release's too: released.py |
 | `petr:<config.json>@random`, `@random:7` | random weights by seed, to try things out |
 
 Nothing is ever downloaded.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,9 +78,15 @@ def read_config(file: Path) -> PETRConfig:
     if not isinstance(data, dict) or data.get("model_type") != KIND:
         raise SpecError(f'{file} does not say "model_type": "{KIND}"; it is of another model')
     try:
-        return PETRConfig.from_dict({k: v for k, v in data.items() if k != "model_type"})
+        return PETRConfig.from_dict(_entry(data))
     except SpecError as e:
         raise SpecError(f"{file}: {e}") from e
+
+
+def _entry(data: Any) -> Mapping[str, Any]:
+    if not isinstance(data.get(KIND), dict):
+        raise SpecError(f'it has no table "{KIND}" with the fields of PETRConfig; {{}} means the defaults')
+    return data[KIND]
 
 
 def _is_petr(folder: Path) -> bool:
@@ -119,10 +126,14 @@ def _loaded(uri: str, config: PETRConfig, reader: TensorReader, notes: tuple[str
     there = set(reader.names())
     if missing := sorted(n for n in model.state_dict() if n not in there):
         raise CheckpointError(f"{uri}: the weights lack {len(missing)} tensors of the model, {missing[0]} first; are they of this config?")
+    shapes = ((n, tuple(reader[n].shape), tuple(t.shape)) for n, t in model.state_dict().items())
+    for n, found, wanted in shapes:
+        if found != wanted:
+            raise CheckpointError(f"{uri}: {n} is {found} in the weights, the config makes it {wanted}; are they of this config?")
 
     def write(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        (target / _CONFIG).write_text(json.dumps({"model_type": KIND, **config.to_dict()}, indent=1) + "\n", encoding="utf-8")
+        (target / _CONFIG).write_text(json.dumps({"model_type": KIND, KIND: config.to_dict()}, indent=1) + "\n", encoding="utf-8")
 
     floats: Any = reader["norm.weight"].dtype
     return LoadedModel(model, reader, uri, floats, source=PETRSource.name, write_companions=write, notes=notes, data=_data(config))
