@@ -88,7 +88,9 @@ def begin(config: PETRConfig) -> PETR:
 
 
 class Hints(torch.nn.Module):
-    """A second head on the features, for training alone: class, depth and place of the box whose centre a cell sees, as Focal-PETR and StreamPETR have."""
+    """A second head on the features, for training alone, as Focal-PETR and StreamPETR have: class, depth and place of the box whose centre a
+    cell sees.
+    """
 
     def __init__(self, config: PETRConfig) -> None:
         super().__init__()
@@ -131,8 +133,8 @@ class Scores(Tap):
 
 
 def aim(model: PETR, scores: list[Tensor], lidar2img: Tensor, grid: tuple[int, int], image: tuple[int, int]) -> Tensor:
-    """How little a query's first heads look at the cells in which its reference point lies: a cross entropy.  For the beginning of training alone:
-    a decoder finds out by itself where to look, but not in minutes.
+    """How little a query's first heads look at the cells in which its reference point lies: a cross entropy.  For the beginning of
+    training alone: a decoder finds out by itself where to look, but not in minutes.
 
     scores: [B, heads, Q, S] of each layer;  lidar2img: [6, 4, 4], of one sample, for all have the same
     """
@@ -188,10 +190,9 @@ def train(config: PETRConfig, a: argparse.Namespace) -> None:
         optimizer.step()
         trail.append(float(boxed.detach()))
         if step % 100 == 99:
-            print(
-                f"{config.embedding} {step + 1} loss {sum(trail[-100:]) / 100:.3f} hints {float(hinted.detach()):.3f} aim {float(aimed.detach()):.3f} {time.perf_counter() - begun:.0f} s",
-                flush=True,
-            )
+            parts = {"loss": sum(trail[-100:]) / 100, "hints": float(hinted.detach()), "aim": float(aimed.detach())}
+            shown = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            print(f"{config.embedding} {step + 1} {shown} {time.perf_counter() - begun:.0f} s", flush=True)
     seconds = time.perf_counter() - begun
     scores = score(model, make_scenes(range(EVALUATION, EVALUATION + 200)))
     print(config.embedding, scores, f"{seconds:.0f} s", flush=True)
@@ -223,7 +224,7 @@ def train(config: PETRConfig, a: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("petr", "qfpe"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,8 @@
 """Boxes as numbers: (x, y, z, w, l, h, yaw, vx, vy), and the ten that PETR regresses.
 
 x, y, z: the centre of gravity in metres, in the frame of the LiDAR;  w, l, h: width, length and height in metres;  yaw: radians;  vx, vy: m/s.
-Conventions are those of mmdet3d before 1.0, for which PETR was trained: at yaw 0 the length lies along -y.  `openmmlab.py` turns them into today's.
+Conventions are those of mmdet3d before 1.0, for which PETR was trained: at yaw 0 a box looks along -y, and
+yaw grows clockwise, seen from above.  `openmmlab.py` turns them into today's.
 """
 
 from dataclasses import dataclass

@@ -82,10 +82,10 @@ def _boxes(chance: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """[n, 9] → the eight corners of each, [n, 8, 3]; at yaw 0 the length lies along -y."""
+    """[n, 9] → the eight corners of each, [n, 8, 3]; at yaw 0 the length lies along -y, and yaw turns it clockwise, seen from above."""
     signs = torch.tensor([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
     local = signs * boxes[:, None, 3:6]  # w along x, l along y, h along z
-    c, s = boxes[:, 6, None].cos(), boxes[:, 6, None].sin()
+    c, s = boxes[:, 6, None].cos(), -boxes[:, 6, None].sin()
     x, y = local[..., 0] * c - local[..., 1] * s, local[..., 0] * s + local[..., 1] * c
     return torch.stack([x, y, local[..., 2]], -1) + boxes[:, None, :3]
 
