@@ -158,11 +158,12 @@ def page(cells: Sequence[Cell]) -> str:
         "# Q-PETR: eight bits on two small detectors",
         "",
         "`python tools/bench/evidence_petr.py` made this page; one JSON file a cell lies in `cells/petr/`.",
-        "Models: `petr:tiny-petr` and `petr:tiny-qfpe`, alike but for the position embedding, trained alike on made scenes
-        (`tools/zoo/train_tiny_petr.py`).", "Weights and inputs of every layer have 8 bits and one scale a tensor, inputs static. Calibration: 32
-        scenes of training seeds.", f"Evaluation: {EVALUATED} scenes of evaluation seeds. mAP counts centres within 0.5, 1, 2 and 4 m, as nuScenes
-        does.", "Figures are means over the seeds of calibration that were run, ± their standard deviation; the models themselves are one training
-        each.", "",
+        "Models: `petr:tiny-petr` and `petr:tiny-qfpe`, alike but for the position embedding, trained alike on made scenes",
+        "(`tools/zoo/train_tiny_petr.py`).",
+        "Weights and inputs of every layer have 8 bits and one scale a tensor, inputs static. Calibration: 32 scenes of training seeds.",
+        f"Evaluation: {EVALUATED} scenes of evaluation seeds. mAP counts centres within 0.5, 1, 2 and 4 m, as nuScenes does.",
+        "Figures are means over the seeds of calibration that were run, ± their standard deviation; each model was trained once.",
+        "",
     ]
     for model in MODELS:
         own = [kept for c, kept in there.items() if c.model == model]

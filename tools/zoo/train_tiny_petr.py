@@ -88,8 +88,8 @@ def begin(config: PETRConfig) -> PETR:
 
 
 class Hints(torch.nn.Module):
-    """A second head on the features, for training alone, as Focal-PETR and StreamPETR have: class, depth and place of the box whose centre a
-    cell sees.
+    """A second head on the features, for training alone, as Focal-PETR and StreamPETR have: class, depth and place of the box whose
+    centre a cell sees.
     """
 
     def __init__(self, config: PETRConfig) -> None:
