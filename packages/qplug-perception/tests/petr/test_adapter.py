@@ -12,6 +12,7 @@ def test_links_are_true(embedding):
     check_adapter(PETRAdapter(), small_petr(embedding=embedding), small_batch())
 
 
+@pytest.mark.slow
 def test_links_are_true_with_bottlenecks_and_deformable_convolutions():
     model = small_petr(bottleneck=True, caffe=True, deformable=(False, False, True, True))
     check_adapter(PETRAdapter(), model, small_batch())
