@@ -176,7 +176,7 @@ def page(cells: Sequence[Cell]) -> str:
             f"Float mAP {own[0]['scores']['map_reference']:.4f}. Largest magnitudes on calibration scenes: features {r['features']:.1f}, "
             f"position embedding {r['embedding']:.1f} ({r['ratio']:.1f} times as large), with the sine embedding {r['with_sine']:.1f}.",
             "",
-            "| | seeds | mAP | change | decisions kept | centres move, m | logits' SQNR, dB |",
+            "| | seeds | mAP | change | same class | centres move, m | logits' SQNR, dB |",
             "|---|---|---|---|---|---|---|",
         ]
         for label, (_, _, words) in METHODS.items():
