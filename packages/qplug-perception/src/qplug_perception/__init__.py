@@ -1,20 +1,31 @@
-"""3-D perception for qcore: PETR and Q-PETR."""
+"""3-D perception for qcore: detection (PETR, Q-PETR), occupancy by Gaussian splatting (GSRender), multi-view tracking (MVCTrack)."""
 
 from qcore.plugins import hookimpl
 
 
 @hookimpl
 def qcore_adapters():
+    from qplug_perception.gsrender.adapter import GSRenderAdapter
+    from qplug_perception.mvctrack.adapter import MVCTrackAdapter
     from qplug_perception.petr.adapter import PETRAdapter
 
-    return [PETRAdapter]
+    return [GSRenderAdapter, MVCTrackAdapter, PETRAdapter]
 
 
 @hookimpl
 def qcore_sources():
+    from qplug_perception.gsrender.source import GSRenderSource
+    from qplug_perception.mvctrack.source import MVCTrackSource
     from qplug_perception.petr.source import PETRSource
 
-    return [PETRSource]
+    return [GSRenderSource, MVCTrackSource, PETRSource]
+
+
+@hookimpl
+def qcore_formats():
+    from qplug_perception.gsrender.formats import TwoRegion
+
+    return [TwoRegion]
 
 
 @hookimpl
@@ -27,9 +38,10 @@ def qcore_modules():
 
 @hookimpl
 def qcore_observers():
+    from qplug_perception.gsrender.formats import KnownRange
     from qplug_perception.petr.qans import SoftmaxDistance
 
-    return [SoftmaxDistance]
+    return [KnownRange, SoftmaxDistance]
 
 
 @hookimpl
@@ -42,13 +54,22 @@ def qcore_transforms():
 
 @hookimpl
 def qcore_tasks():
+    from qplug_perception.gsrender.data import OccupancyTask
+    from qplug_perception.mvctrack.data import TrackingTask
     from qplug_perception.petr.data import Detection
 
-    return [Detection]
+    return [OccupancyTask, TrackingTask, Detection]
 
 
 @hookimpl
 def qcore_recipes():
     from pathlib import Path
 
-    return [Path(__file__).parent / "petr" / "recipes"]
+    return [Path(__file__).parent / system / "recipes" for system in ("gsrender", "mvctrack", "petr")]
+
+
+@hookimpl
+def qcore_commands():
+    from qplug_perception.gsrender.commands import gsrender
+
+    return [gsrender]
