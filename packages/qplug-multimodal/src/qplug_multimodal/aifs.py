@@ -43,8 +43,8 @@ class VisualFirst(Tap):
         segments: [B, T], 0 = text;  valid: [B, T] bool
         """
         key = torch.where(segments == TEXT, 1, 0)
-        ranked = torch.where(valid, key, 2).argsort(1, stable=True)  # valid ones in their new order, then padding
-        places = (~valid).long().argsort(1, stable=True)  # places of valid ones, then of padding
+        ranked = torch.where(valid, key, 2).argsort(dim=1, stable=True)  # valid ones in their new order, then padding
+        places = (~valid).long().argsort(dim=1, stable=True)  # places of valid ones, then of padding
         return torch.empty_like(ranked).scatter_(1, places, ranked)
 
     @staticmethod
@@ -107,10 +107,13 @@ class InOrder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         policy, context = policy_of(module), run_context()
         order = None
-        if policy is not None:
-            order, kwargs, context = _ordered(policy, module, args, kwargs, context)
-        _ORDERS.set((*_ORDERS.get(), order))
-        enter(context)
+        try:
+            if policy is not None:
+                order, kwargs, context = _ordered(policy, module, args, kwargs, context)
+        finally:
+            # the hook behind the model is called after an error too, and takes both away
+            _ORDERS.set((*_ORDERS.get(), order))
+            enter(context)
         return None if order is None else (args, kwargs)
 
 

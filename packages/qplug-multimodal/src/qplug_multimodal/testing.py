@@ -1,10 +1,16 @@
 """Tiny vision-language models with random weights that hide nothing, and batches for them: for tests of adapters, transforms and policies."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from qcore.model.reader import DictReader
 from qcore.testing.models import randomize
+from qcore.testing.transforms import fit_transform
+from qcore.transforms.rewrite import Rewrite, RewrittenReader, rewritten_topology
 from torch import Tensor, nn
+
+from qplug_multimodal.adapter import VisionLanguage
 
 IMAGE = 90
 VOCABULARY = 96
@@ -101,3 +107,14 @@ def _padded(ids: list[Tensor]) -> dict[str, Tensor]:
 def _pixels(images: int, shape: tuple[int, ...], seed: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed + 1)
     return {"pixel_values": torch.randn(images, *shape, generator=g)} if images else {}
+
+
+def composed(transforms: Sequence[Any], model: nn.Module, batches: Sequence[Any] = (), specs: Any = None) -> Rewrite:
+    """The rewrite of several transforms of scope "model", each fitted on what the ones before leave."""
+    adapter = VisionLanguage()
+    topology, rewrite = adapter.topology(model), Rewrite()
+    for transform in transforms:
+        reader = RewrittenReader(DictReader(dict(model.state_dict())), rewrite, model)
+        own = fit_transform(transform, adapter, model, batches, specs, topology=rewritten_topology(topology, rewrite), reader=reader)
+        rewrite = rewrite.then(own)
+    return rewrite
