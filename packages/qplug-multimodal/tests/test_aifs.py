@@ -98,8 +98,10 @@ def test_decoding_with_a_cache_does_not_notice_the_order(family, patterns):
             own = [m(**x, use_cache=True, past_key_values=cache).logits[:, -1]]
             for i in range(3):
                 mask = torch.cat([mask, torch.ones(len(patterns), 1, dtype=torch.long)], 1)
-                position = {} if "image_grid_thw" in x else {"position_ids": torch.full((len(patterns), 1), x["input_ids"].shape[1] + i)}
-                own.append(m(input_ids=steps[:, i : i + 1], attention_mask=mask, past_key_values=cache, use_cache=True, **position).logits[:, -1])
+                # Qwen2-VL's forward makes positions of all that the mask covers; `generate` hands it those of the one new token, so do we
+                at = torch.full((*([3] if "image_grid_thw" in x else []), len(patterns), 1), x["input_ids"].shape[1] + i)
+                step = {"input_ids": steps[:, i : i + 1], "attention_mask": mask, "position_ids": at}
+                own.append(m(**step, past_key_values=cache, use_cache=True).logits[:, -1])
             found.append(torch.stack(own))
     assert deviation(found[1], found[0]) <= 1e-10
 

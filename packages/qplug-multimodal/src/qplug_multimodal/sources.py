@@ -1,0 +1,2 @@
+class VisionLanguageFolder:
+    name = "x"; help="x"; priority=0
