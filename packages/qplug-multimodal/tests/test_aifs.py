@@ -110,7 +110,7 @@ def test_a_second_turn_with_an_image_goes_behind_the_cache(family):
     """Text is cached, then an image and text come in one piece: they are ordered among themselves, and see all that is cached."""
     model, ordered, batch = family
     if batch is qwen_batch:
-        pytest.skip("Qwen2-VL computes no M-RoPE positions for an image behind a cache; transformers' own generate does not do it either")
+        pytest.skip("Qwen2-VL makes M-RoPE positions of images in the first pass alone, not behind a cache")
     first, second = to_double(batch((4,))), to_double(batch((2, "i", 3), seed=5))
     found = []
     with torch.no_grad():

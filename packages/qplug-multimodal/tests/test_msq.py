@@ -161,11 +161,12 @@ def test_every_layer_of_the_language_model_gets_two_scales():
 def test_many_bits_leave_the_function_alone():
     """The rotation inside the module is undone by the weight: what is left is rounding, and it shrinks with the bits."""
     batch, adapter, errors = llava_batch((3, "i", 4)), VisionLanguage(), []
-    for bits in (4, 8, 12):
+    for bits in (4, 6, 8):
         model, rewrite = _fitted(batch, bits=bits)
         y, reference = outputs(adapter, apply_rewrite(model, rewrite, MODULES), batch), outputs(adapter, model, batch)
         errors.append(float((y - reference).norm() / reference.norm()))
-    assert errors[0] > 5 * errors[1] > 25 * errors[2] and errors[2] < 2e-3
+    # two bits more are a quarter of the step
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.05
 
 
 def test_a_modality_that_calibration_did_not_see_is_told():

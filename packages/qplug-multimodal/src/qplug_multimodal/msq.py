@@ -202,12 +202,15 @@ class MSQ(Transform):
         return QuantSpec(format=Int(self.bits), granularity=PerTensor(), offset=Offset(self.offset))
 
     def foresee(self, topology: Topology, specs: Mapping[Site, QuantSpec], model: nn.Module) -> list[str]:
-        """What can be said before anything is fitted; SpecError where no layer would get scales by modality."""
+        """What can be said before anything is fitted, once for the model; SpecError where no layer of it would get scales by modality."""
+        layers = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and any(fnmatchcase(f"{path}:weight", p) for p in self.sites)]
+        if not layers:
+            raise SpecError(f"msq: no layer of {type(model).__name__} matches {', '.join(self.sites)}; is this a vision-language model?")
         matched = self._matched(topology, specs)
-        if not matched:
-            raise SpecError(f"msq: no weight that the recipe quantizes matches {', '.join(self.sites)}; is this a vision-language model?")
         self._require_float(matched, specs)
-        return [f"the inputs of {len(matched)} layers have static scales by modality ({self.spec}), put on their grid before the layer's kernel"]
+        if layers[0] not in {s.module for s in matched}:
+            return []  # asked block by block: the first one speaks for all
+        return [f"the inputs of {len(layers)} layers have static scales by modality ({self.spec}), put on their grid before the layer's kernel"]
 
     def wants(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> Mapping[Site, tuple[Observer, ...]]:
         return {s.input: (self._observer(s),) for s in self._matched(topology, specs)}
