@@ -1,13 +1,7 @@
 """The vision-language adapter tells the truth, and refuses what it does not know."""
 
-import pytest
-import torch
-from qcore.model.topology import Invariance
 from qcore.testing import check_adapter
-from torch import nn
-
 from qplug_multimodal.adapter import VisionLanguage
-from qplug_multimodal.anatomy import find_anatomy
 from qplug_multimodal.testing import llava_batch, qwen_batch, tiny_llava, tiny_qwen2_vl
 
 LLAVA = llava_batch((3, "i", 4), (2, "i", 5))

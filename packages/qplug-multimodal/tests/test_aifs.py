@@ -7,13 +7,12 @@ import torch
 from qcore.errors import SpecError
 from qcore.testing.adapters import deviation, outputs, to_double
 from qcore.transforms import apply_rewrite
-from transformers import DynamicCache
-
 from qplug_multimodal import aifs
 from qplug_multimodal.adapter import VisionLanguage
 from qplug_multimodal.aifs import AIFS, VisualFirst, policy_of
 from qplug_multimodal.anatomy import find_anatomy
 from qplug_multimodal.testing import llava_batch, qwen_batch, tiny_llava, tiny_qwen2_vl
+from transformers import DynamicCache
 
 MODULES = {VisualFirst.name: VisualFirst}
 ADAPTER = VisionLanguage()

@@ -9,7 +9,6 @@ from qcore.plugins import load_registry
 from qcore.testing.adapters import deviation, outputs, to_double
 from qcore.testing.transforms import fit_transform
 from qcore.transforms import apply_rewrite
-
 from qplug_multimodal.adapter import VisionLanguage
 from qplug_multimodal.rms import RotatedSum, SuppressMagnitude, large_means, mean_channel
 from qplug_multimodal.testing import llava_batch, tiny_llava
@@ -98,7 +97,6 @@ def test_the_main_leaf_does_not_see_the_channel_of_means():
 
 def test_a_size_without_a_hadamard_matrix_is_padded_and_nothing_is_added():
     from qcore.model.topology import Site
-
     from qplug_multimodal.rms import _split
 
     linear = torch.nn.Linear(9, 4).double()

@@ -9,7 +9,6 @@ from qcore.plugins import load_registry
 from qcore.testing.adapters import deviation, outputs, to_double
 from qcore.transforms import FoldNorm, HadamardRotate, apply_rewrite
 from qcore.transforms.layer_norm import LayerNormToRMS
-
 from qplug_multimodal.adapter import VisionLanguage
 from qplug_multimodal.testing import composed, llava_batch, qwen_batch, tiny_llava, tiny_qwen2_vl
 
@@ -64,7 +63,11 @@ def test_a_tower_whose_stream_is_read_itself_keeps_its_mean():
 def test_the_language_stream_is_rotated_at_both_of_its_sources():
     model = tiny_llava().double()
     rewrite = composed(STEPS, model)
-    for name in ("model.language_model.embed_tokens.weight", "model.multi_modal_projector.linear_2.weight", "model.multi_modal_projector.linear_2.bias"):
+    for name in (
+        "model.language_model.embed_tokens.weight",
+        "model.multi_modal_projector.linear_2.weight",
+        "model.multi_modal_projector.linear_2.bias",
+    ):
         assert any(e.port.axis == "out" for e in rewrite.edits[name]), name
     # the connector left out: what a routine for text models alone would do
     broken = copy.deepcopy(rewrite)

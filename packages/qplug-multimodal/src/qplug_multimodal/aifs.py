@@ -1,9 +1,10 @@
-"""Attention-invariant flexible switching: once, before the first layer, all visual tokens go to the front, so that each modality is one block of rows.
+"""Attention-invariant flexible switching: once, before the first layer, all visual tokens go to the front, so that each modality is one block of
+rows.
 
 Attention does not mind an order of tokens if everything that knows about places goes along: positions (RoPE, M-RoPE) travel with their tokens, and
 token i may attend to j if j stood before i, Attn'(PX) = P·Attn(X).  Padding stays where it is, so a mask of padding needs no change, here and when
-later tokens are decoded; keys and values lie in the cache in the new order, tokens that are decoded are appended and see everything.  What the language
-model puts out goes back to the old order, so nothing outside it notices.
+later tokens are decoded; keys and values lie in the cache in the new order, tokens that are decoded are appended and see everything.  What the
+language model puts out goes back to the old order, so nothing outside it notices.
 
 Source: https://arxiv.org/abs/2502.00425 (MQuant), section 3.2.  In the code released with it `--aifs` is parsed and never used.
 """
@@ -87,7 +88,7 @@ def policy_of(language: nn.Module) -> VisualFirst | None:
     taps = language._modules.get("taps")
     if taps is None or TAP not in taps:  # type: ignore[operator]
         return None
-    return next((h for h in taps[TAP].handlers if isinstance(h, VisualFirst)), None)  # type: ignore[index,union-attr,arg-type]
+    return next((h for h in taps[TAP].handlers if isinstance(h, VisualFirst)), None)  # type: ignore[index]
 
 
 def require_plain_causal(language: nn.Module) -> None:
@@ -95,7 +96,9 @@ def require_plain_causal(language: nn.Module) -> None:
     config: Any = language.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise SpecError(f"an order of tokens needs attention that is causal and nothing else, this model has {', '.join(sorted(kinds))}; leave AIFS out")
+        raise SpecError(
+            f"an order of tokens needs attention that is causal and nothing else, this model has {', '.join(sorted(kinds))}; leave AIFS out"
+        )
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         raise SpecError("an order of tokens needs causal attention, this model attends in both directions; leave AIFS out")
 
@@ -164,7 +167,7 @@ def _ordered(
         raise SpecError("attention maps of a model with an order of tokens are in that order; leave output_attentions out")
     _require_known(kwargs, (b, t))
     mask = policy.mask(order, valid, seen[:, :past])
-    implementation = getattr(module.config, "_attn_implementation", None) or "eager"  # type: ignore[union-attr]
+    implementation = getattr(module.config, "_attn_implementation", None) or "eager"
     if implementation in _NO_MASK:
         raise SpecError(f"attention {implementation!r} takes no mask of its own shape; use sdpa for a model with an order of tokens")
     if implementation == "eager":

@@ -1,8 +1,8 @@
 """Which part of a vision-language model is what: tower, connector, language model, and the layers inside a transformer block.
 
-Parts are found by what they hold (a tower has a convolution and a list of blocks, a language model an embedding and a list of layers), the layers of a
-block by the role that their names play in every family of transformers (`ROLES`).  A block that holds any parameter beside the roles that were found
-(layer scales, norms of queries and keys, adapters) says so in `strange`: links that it could break are refused with that reason.
+Parts are found by what they hold (a tower has a convolution and a list of blocks, a language model an embedding and a list of layers), the layers
+of a block by the role that their names play in every family of transformers (`ROLES`).  A block that holds any parameter beside the roles that were
+found (layer scales, norms of queries and keys, adapters) says so in `strange`: links that it could break are refused with that reason.
 """
 
 from collections.abc import Mapping
@@ -215,13 +215,17 @@ def _connector(model: nn.Module, parent: str, language: str, vision: str, blocks
     ]
     named = beside or [p for p in inside if p.rpartition(".")[2] == "merger"]
     if len(named) != 1:
-        raise NotFound(f"{type(model).__name__}: {len(named)} modules may be the connector between {vision} and {language} ({', '.join(named) or 'none'})")
+        raise NotFound(
+            f"{type(model).__name__}: {len(named)} modules may be the connector between {vision} and {language} ({', '.join(named) or 'none'})"
+        )
     path = named[0]
     module = model.get_submodule(path)
     layers = [join(path, n) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
     norms = [join(path, n) for n, m in module.named_modules() if is_norm(m)]
     known = sum(p.numel() for path_ in (*layers, *norms) for p in model.get_submodule(path_).parameters())
-    strange = "" if known == sum(p.numel() for p in module.parameters()) and len(layers) == 2 and len(norms) < 2 else f"{path} is no chain of two linears"
+    strange = (
+        "" if known == sum(p.numel() for p in module.parameters()) and len(layers) == 2 and len(norms) < 2 else f"{path} is no chain of two linears"
+    )
     norm = norms[0] if norms else ""
     merge = 1
     if norm and not strange:
@@ -258,7 +262,7 @@ def block_anatomy(model: nn.Module, path: str) -> BlockAnatomy:
     if not found["qkv"] and not (found["q"] and found["k"] and found["v"]):
         missing.append("q, k and v")
     if missing:
-        return BlockAnatomy(path, strange=f"{path} has no {', '.join(missing)} that is called as in the families known here", **found)
+        return BlockAnatomy(path, strange=f"{path} has no {', '.join(missing)} that is called as in the families known here", **found)  # type: ignore[arg-type]
     strange = _strange(model, path, found)
     module: Any = model.get_submodule(attention)
     dim = getattr(module, "head_dim", None)

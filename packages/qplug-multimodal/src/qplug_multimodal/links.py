@@ -170,7 +170,7 @@ class Links:
 
 def norm_gain(module: nn.Module) -> float | None:
     """What is added to a norm's weight to give its factor (1 where it multiplies by 1 + weight), tried on numbers; None where neither fits."""
-    own = {n: p for n, p in module.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
     x = torch.randn(3, own["weight"].shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = []
     for w in (0.0, 1.0):

@@ -1,11 +1,11 @@
 """Modality-specific static quantization: two scales for the input of a layer, one for visual tokens and one for text.
 
-Activations of visual tokens span tens, those of text tokens halves: one static scale for both leaves text a few codes, and scales for each token cost a
-reduction over thousands of tokens.  Here every token takes the static scale of its modality: with tokens in the order that `aifs.py` makes, y = s_m s_w
-(q_x q_wᵀ) is one integer product for each of two blocks of rows.
+Activations of visual tokens span tens, those of text tokens halves: one static scale for both leaves text a few codes, and scales for each token
+cost a reduction over thousands of tokens.  Here every token takes the static scale of its modality: with tokens in the order that `aifs.py` makes,
+y = s_m s_w (q_x q_wᵀ) is one integer product for each of two blocks of rows.
 
-What is not here: no kernel multiplies these integers yet.  `ModalInput` puts inputs on their grid and the layer's own kernel for float inputs runs; that
-gives the numbers of the integer product up to the rounding of float sums, and not its speed.
+What is not here: no kernel multiplies these integers yet.  `ModalInput` puts inputs on their grid and the layer's own kernel for float inputs runs;
+that gives the numbers of the integer product up to the rounding of float sums, and not its speed.
 
 Source: https://arxiv.org/abs/2502.00425 (MQuant), section 3.2.  The code released with it has one quantizer for each layer: MSQ is absent from it.
 """
@@ -53,7 +53,13 @@ class ModalInput(nn.Module):
     signs: Tensor | None
 
     def __init__(
-        self, spec: QuantSpec, scale: Tensor, offset: Tensor | None = None, signs: Tensor | None = None, size: int = 0, seen: tuple[bool, ...] = (True, True)
+        self,
+        spec: QuantSpec,
+        scale: Tensor,
+        offset: Tensor | None = None,
+        signs: Tensor | None = None,
+        size: int = 0,
+        seen: tuple[bool, ...] = (True, True),
     ) -> None:
         super().__init__()
         self.spec, self.size, self.seen = spec, size, tuple(seen)
@@ -218,7 +224,8 @@ class MSQ(Transform):
     def fit(self, topology: Topology, specs: Mapping[Site, QuantSpec], seen: Mapping[Site, Seen], model: nn.Module, reader: TensorReader) -> Rewrite:
         sites = self._matched(topology, specs)
         self._require_float(sites, specs)
-        rewrite, alone = Rewrite(exact=1.0 if sites else 0.0), {}
+        rewrite = Rewrite(exact=1.0 if sites else 0.0)
+        alone: dict[int, list[Site]] = {}
         for site in sites:
             found = seen.get(site.input, {}).get(ByModality.name)
             if found is None:
@@ -238,14 +245,16 @@ class MSQ(Transform):
             config = {"spec": spec_to_dict(self.spec), "size": size, "padded": padded, "seen": [m in found for m in MODALITIES]}
             rewrite.inserts[site.module] = Insert(ModuleConfig(ModalInput.name, config, tensors))
         notes = tuple(
-            f"calibration saw no {MODALITIES[m]} token at {own[0].module} and {len(own) - 1} more layers: such tokens take the other modality's scale; "
-            "calibrate on pairs of images and text"
+            f"calibration saw no {MODALITIES[m]} token at {own[0].module} and {len(own) - 1} more layers: "
+            "such tokens take the other modality's scale; calibrate on pairs of images and text"
             for m, own in alone.items()
         )
         return replace(rewrite, notes=notes)
 
     def _observer(self, site: Site) -> ByModality:
-        return ByModality(observer=None if self.observer is None else self.observer.for_spec(self.spec), seed=self.seed if self._rotated(site) else None)
+        return ByModality(
+            observer=None if self.observer is None else self.observer.for_spec(self.spec), seed=self.seed if self._rotated(site) else None
+        )
 
     def _matched(self, topology: Topology, specs: Mapping[Site, QuantSpec]) -> list[Site]:
         plain = [s for s in topology.sites if s.tensor == "weight" and s.part is None and s in specs]

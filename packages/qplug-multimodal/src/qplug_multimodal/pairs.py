@@ -1,8 +1,8 @@
 """Pairs of images and text: what vision-language models are calibrated and judged on.
 
-A file of pairs has one JSON object a line: {"images": ["a.png"], "text": "<image> what is this ?", "answer": "circle"}.  Pictures lie beside the file.
-The folder's own processor (`AutoProcessor`) makes what the model reads; for tiny-llava, whose folder has words.txt, text is a line of its words.  Without a
-file, tiny-llava takes drawn scenes: one seed to calibrate on and another one to evaluate on.
+A file of pairs has one JSON object a line: {"images": ["a.png"], "text": "<image> what is this ?", "answer": "circle"}.  Pictures lie beside the
+file. The folder's own processor (`AutoProcessor`) makes what the model reads; for tiny-llava, whose folder has words.txt, text is a line of its
+words.  Without a file, tiny-llava takes drawn scenes: one seed to calibrate on and another one to evaluate on.
 
 A picture that stands in both files is an error: MQuant's released code calibrates on the very data that it evaluates on.
 """
@@ -81,7 +81,7 @@ class PairFile:
             if line.strip():
                 found.append(self._pair(number, line))
         if not found:
-            raise CalibrationError(f"{self.path} holds no pairs; one JSON object a line: {{\"images\": [\"a.png\"], \"text\": \"…\", \"answer\": \"…\"}}")
+            raise CalibrationError(f'{self.path} holds no pairs; one JSON object a line: {{"images": ["a.png"], "text": "…", "answer": "…"}}')
         return found
 
     def _pair(self, number: int, line: str) -> tuple[tuple[Path, ...], str, str]:
@@ -133,8 +133,8 @@ class PairData:
             both = a.pictures()
             if shared := [path for key, path in b.pictures().items() if key in both]:
                 raise CalibrationError(
-                    f"{len(shared)} pictures stand in {a.path.name} and in {b.path.name}, such as {shared[0].name}; a model looks better on pictures it "
-                    "was calibrated on. Calibrate on training data"
+                    f"{len(shared)} pictures stand in {a.path.name} and in {b.path.name}, such as {shared[0].name}; "
+                    "a model looks better on pictures it was calibrated on. Calibrate on training data"
                 )
         return mine
 

@@ -1,14 +1,14 @@
 """Rotation magnitude suppression: after an online Hadamard rotation one input channel holds the sums of the weight's rows, and is kept apart.
 
-Row j of H that is constant turns w into √d·mean(w): where the mean of a row of W is far from zero this one channel is much larger than the others, and
-sets the scale of the whole row.  Where the predicate holds, y = A₁…B₁… + a₀b₀: the other channels in one leaf, this one in a leaf of its own with a
-spec of its own.  What is split is exact in float.
+Row j of H that is constant turns w into √d·mean(w): where the mean of a row of W is far from zero this one channel is much larger than the others,
+and sets the scale of the whole row.  Where the predicate holds, y = A₁…B₁… + a₀b₀: the other channels in one leaf, this one in a leaf of its own
+with a spec of its own.  What is split is exact in float.
 
 The rotation is a plain Hadamard matrix on this axis: random signs would spread the mean over no single channel, and over sizes without a constant row
 (some Paley matrices) there is none to split; `mean_channel` says which it is.
 
-Source: https://arxiv.org/abs/2502.00425 (MQuant), section 3.4.  In the released code channel 0 stays floating point and both products run in float32; here
-both leaves are quantized as the recipe says.
+Source: https://arxiv.org/abs/2502.00425 (MQuant), section 3.4.  In the released code channel 0 stays floating point and both products run in
+float32; here both leaves are quantized as the recipe says.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,8 @@ def mean_channel(size: int) -> int | None:
 
 
 def large_means(w: Tensor) -> Tensor:
-    """For every row of W [N, d]: whether √d·|mean| is larger than the largest of d Gaussian numbers of its spread is expected to be, σ√(2 ln d).  [N] bool
+    """For every row of W [N, d]: whether √d·|mean| is larger than the largest of d Gaussian numbers of its spread is expected to be, σ√(2 ln d).
+    [N] bool
 
     Source: MQuant, theorem in section 3.4.
     """

@@ -1,7 +1,7 @@
 """Pictures of coloured shapes with questions and one-word answers, drawn by seed: what tiny vision-language models learn and are judged on.
 
-A picture is four cells of 16 × 16 pixels in two rows, each with a shape of some size, place and colour, or empty, on a grey noisy ground.  A question has
-five words and its answer one:
+A picture is four cells of 16 × 16 pixels in two rows, each with a shape of some size, place and colour, or empty, on a grey noisy ground.  A
+question has five words and its answer one:
 
     what shape top left ?  → circle        how many red things ?   → two
     what colour top left ? → nothing       any red circle there ?  → no
@@ -103,7 +103,7 @@ def questions(scenes: Scenes, count: int, seed: int) -> tuple[Tensor, Tensor]:
     def word(name: str) -> Tensor:
         return torch.full_like(kind, ID[name])
 
-    options = [
+    options: list[tuple[list[str | Tensor], Tensor]] = [
         (["what", "shape", upper[place], side[place], "?"], shapes[there]),
         (["what", "colour", upper[place], side[place], "?"], torch.where(there == EMPTY, word("nothing"), colours[scenes.colours.gather(1, place)])),
         (["how", "many", colours[colour], "things", "?"], numbers[own.sum(2)]),

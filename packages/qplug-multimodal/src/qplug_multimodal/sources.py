@@ -1,8 +1,8 @@
 """How a folder of a vision-language model becomes a model, with what reads its pictures and text.
 
-A folder that `save_pretrained` wrote, or `multimodal:tiny-llava`, the small trained model of this package.  Where stored names lead to the model's one by
-one (also the older ones that transformers renames while it loads), tensors are read one at a time; else transformers loads the whole model, and a note
-says so.  No checkpoint executes code.
+A folder that `save_pretrained` wrote, or `multimodal:tiny-llava`, the small trained model of this package.  Where stored names lead to the model's
+one by one (also the older ones that transformers renames while it loads), tensors are read one at a time; else transformers loads the whole model,
+and a note says so.  No checkpoint executes code.
 """
 
 import json
@@ -39,10 +39,13 @@ class VisionLanguageFolder(ModelSource):
         folder = _folder(uri)
         data = _config(folder)
         if "quantization_config" in data:
-            raise CheckpointError(f"{folder} is quantized already; quantizing it again would add a second error: load the float model it was made from")
+            raise CheckpointError(
+                f"{folder} is quantized already; quantizing it again would add a second error: load the float model it was made from"
+            )
         stored = SafetensorsReader(folder)
         model = self.skeleton(folder)
-        dtype, notes = stored.dtype(), ()
+        dtype = stored.dtype()
+        notes: tuple[str, ...] = ()
         names = stored_names(model, set(stored.names()))
         reader: TensorReader
         if names is None:
@@ -71,7 +74,9 @@ class VisionLanguageFolder(ModelSource):
         named = (data.get("architectures") or [""])[0]
         cls = getattr(transformers, named, None)
         if cls is None:
-            raise CheckpointError(f"{folder / 'config.json'} names the architecture {named!r}, which this transformers ({transformers.__version__}) has not")
+            raise CheckpointError(
+                f"{folder / 'config.json'} names the architecture {named!r}, which this transformers ({transformers.__version__}) has not"
+            )
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
@@ -188,7 +193,9 @@ def _loaded_by_transformers(folder: Path, cls: Any, dtype: torch.dtype) -> dict[
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first_line(e)})") from e
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(kind) or ())):
-            raise CheckpointError(f"{folder}: {len(keys)} {kind.replace('_keys', '')} tensors, such as {keys[0]}; the weights are not of this config.json")
+            raise CheckpointError(
+                f"{folder}: {len(keys)} {kind.replace('_keys', '')} tensors, such as {keys[0]}; the weights are not of this config.json"
+            )
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 

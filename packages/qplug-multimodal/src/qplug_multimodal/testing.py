@@ -29,7 +29,8 @@ def tiny_llava(tower: Literal["clip", "siglip"] = "clip", feature_layer: int = -
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
         max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
-    config = LlavaConfig(
+    llava: Any = LlavaConfig
+    config = llava(
         vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=feature_layer, tie_word_embeddings=False,
         vision_feature_select_strategy="default" if tower == "clip" else "full", image_seq_length=4,
     )  # fmt: skip
@@ -68,7 +69,7 @@ def _seeded(model: nn.Module, seed: int) -> nn.Module:
     """Lively weights, and norms that are as exact as the dtype."""
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            model.set_submodule(path, ExactRMSNorm(module.weight, module.variance_epsilon))  # type: ignore[arg-type]
+            model.set_submodule(path, ExactRMSNorm(module.weight, module.variance_epsilon))
     return randomize(model, seed).eval()
 
 

@@ -11,8 +11,8 @@ class StreamNorm(nn.Module):
     """y = (x - (x·u)u) / √(mean of squares + ε), then y·A + b where there is an A: LayerNorm without gain and bias, in rotated channels.
 
     LayerNorm takes the mean away: it projects x on what is orthogonal to u = (1, …, 1)/√d.  After a rotation R of the channels u is uR.  Where the
-    stream is centred, because all that writes it is, there is nothing to take away: no u, and this is RMSNorm.  A norm that stands in the stream itself
-    (what it puts out is what blocks add to) has gains and a bias that no layer behind it can take over; A = Rᵀ diag(g) R and bR do their work.
+    stream is centred, because all that writes it is, there is nothing to take away: no u, and this is RMSNorm.  A norm that stands in the stream
+    itself (what it puts out is what blocks add to) has gains and a bias that no layer behind it can take over; A = Rᵀ diag(g) R and bR do their work.
 
     size:      d
     eps:       the LayerNorm's own; it is added to the same number, the variance
@@ -25,9 +25,7 @@ class StreamNorm(nn.Module):
     matrix: Tensor | None
     shift: Tensor | None
 
-    def __init__(
-        self, size: int, eps: float, direction: Tensor | None = None, matrix: Tensor | None = None, shift: Tensor | None = None
-    ) -> None:
+    def __init__(self, size: int, eps: float, direction: Tensor | None = None, matrix: Tensor | None = None, shift: Tensor | None = None) -> None:
         super().__init__()
         self.size, self.eps = size, eps
         self.register_buffer("direction", direction)

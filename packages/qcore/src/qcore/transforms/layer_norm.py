@@ -28,13 +28,15 @@ CENTRED = 1e-6  # the share of a parameter's magnitude that its mean over channe
 class LayerNormToRMS(Transform):
     """Centre whatever writes a residual stream that passes LayerNorms, put RMSNorm in their places, and rotate the stream.
 
-    LN(x) = (x - mean(x)) / √(var(x) + ε).  Where every producer of x has mean zero over its output channels, W ← W - mean(W), b ← b - mean(b) for layers,
-    embeddings, class tokens and positions alike, x has mean zero too, and LN is RMSNorm, which commutes with rotations.  Put FoldNorm before it: gains and
-    biases of norms in front of layers go into these.
+    LN(x) = (x - mean(x)) / √(var(x) + ε).  Where every producer of x has mean zero over its output channels, W ← W - mean(W), b ← b - mean(b) for
+    layers, embeddings, class tokens and positions alike, x has mean zero too, and LN is RMSNorm, which commutes with rotations.  Put FoldNorm
+    before it: gains and biases of norms in front of layers go into these.
 
     Two cases that centring alone does not serve are served exactly all the same:
-    - something reads the stream itself, not through a norm (LLaVA's projector reads the last but one layer of its tower): it would miss the mean.  The
-      stream keeps its mean then, and the norm takes away what lies along the rotated direction of ones, one dot product a token (`StreamNorm.direction`);
+    - something reads the stream itself, not through a norm (LLaVA's projector reads the last but one layer of its tower): it would miss the mean.
+      The
+      stream keeps its mean then, and the norm takes away what lies along the rotated direction of ones, one dot product a token
+      (`StreamNorm.direction`);
     - a norm stands in the stream (behind the embeddings of CLIP, behind every block of post-norm models): its gain and bias have no layer to go
       to, and become a matrix of the norm's own, d² weights (`StreamNorm.matrix`).  `refuse_matrices` leaves such streams alone instead.
 
