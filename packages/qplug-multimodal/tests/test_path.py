@@ -125,3 +125,8 @@ def test_every_recipe_plans_without_a_problem(recipe):
     assert not plan.problems
     said = any("static scales by modality" in note for note in plan.notes)
     assert said == recipe.startswith("mquant")
+
+
+def test_ranges_by_percentile_are_an_option_of_the_recipe():
+    recipe = load_recipe("mquant-w4a8", REGISTRY, ('transforms.5.observer={name="percentile"}', "rules.1.observer.name=percentile"))
+    assert recipe.transforms[5].observer.name == recipe.rules[1].observer.name == "percentile"
