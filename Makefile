@@ -1,6 +1,9 @@
 # Everything that a contributor does in a day.  `make help` lists it.
 .DEFAULT_GOAL := help
 PATHS ?= packages kernels
+# each writes a page of docs/evidence from cells of its own; tools/bench/peers/compare.py wants environments beside
+MATRICES ?= evidence evidence_solvers evidence_moe evidence_w4a4 evidence_ssm evidence_reparam evidence_cnn evidence_formats
+ARGS ?=
 
 .PHONY: help sync fix lint test slow native bench docs samples evidence evidence-selection new-plugin
 
@@ -38,8 +41,8 @@ docs:  ## write docs/methods.md, recipes.md and systems.md anew, and check links
 samples:  ## run the main job, and put what it prints into README.md and docs/tour.md
 	uv run python tools/samples.py
 
-evidence:  ## compute the cells of docs/evidence that are missing
-	uv run --group evidence python tools/bench/evidence.py
+evidence:  ## compute the cells of docs/evidence that are missing, matrix by matrix; ARGS=--list says which
+	@for m in $(MATRICES); do echo "== $$m"; uv run --group evidence python tools/bench/$$m.py $(ARGS) || exit 1; done
 
 evidence-selection:  ## the same for selectors; needs the texts that tools/bench/labelled.py names
 	uv run python tools/bench/selection.py

@@ -60,3 +60,27 @@ def test_missing_cells_are_computed_once(cells: Any, tmp_path: Path, monkeypatch
     asked.clear()
     assert run() == 1 and asked == ["bad"]
     assert run("--table") == 0 and asked == ["bad"]
+
+
+def test_words_decide_no_number_and_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from decisive import decisive
+
+    def of(name: str, text: str) -> bytes:
+        (tmp_path / name).write_text(text)
+        return decisive(tmp_path / name)
+
+    plain = of("a.py", "def f(x: int) -> int:\n    if x < 0:\n        raise ValueError('below 0')\n    return x + 1\n")
+    told = of(
+        "a.py",
+        '"""What it is."""\n\n\ndef f(x: int) -> int:\n    """One more."""\n    if x < 0:  # no\n'
+        '        raise ValueError(f"{x} is below 0; give 0 or more") from None\n    return (x + 1)\n',
+    )
+    assert plain == told
+    for other in ("x + 2", "x - 1", "'x'"):
+        assert of("a.py", f"def f(x: int) -> int:\n    if x < 0:\n        raise ValueError('below 0')\n    return {other}\n") != plain
+    assert of("a.py", "def f(x: int) -> int:\n    if x < 0:\n        raise KeyError('below 0')\n    return x + 1\n") != plain
+    assert of("a.py", "def f(x: int) -> int:\n    return x + 1\n") != plain
+    recipe = of("r.toml", 'description = "one"\nsteps = 50\n')
+    assert of("r.toml", '# why\ndescription = "two"\nsteps = 50  # so many\n') == recipe != of("r.toml", "steps = 51\n")
+    assert of("data.json", "{}") == b"{}"

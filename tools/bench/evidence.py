@@ -6,8 +6,8 @@
 
 A cell is keyed by the code that made its numbers, the recipe with its overrides, the model, the data and the seed; one made by other code
 is missing.  The code of a cell is the files of the rooms that make numbers which its own process had loaded, and it names them: a new solver
-in a file of its own leaves the cells of the others as they are.  Every cell runs in a process of its own, so its peak memory is its own.
-Seconds are of `quantize_model` alone; the load average beside them says whether the machine was quiet.
+in a file of its own leaves the cells of the others as they are, and so do words that decide nothing (decisive.py).  Every cell runs in a process
+of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the load average beside them says whether the machine was quiet.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from decisive import decisive
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ROOT / "docs" / "evidence" / "cells"
@@ -87,11 +89,11 @@ def code_files(recipe: str) -> list[str]:
 
 
 def code_hash(files: list[str]) -> str:
-    """A hash of these files; one that is gone counts as changed."""
+    """A hash of what decides numbers in these files; one that is gone counts as changed."""
     h = hashlib.sha256()
     for name in files:
         file = ROOT / name
-        h.update(name.encode() + (file.read_bytes() if file.exists() else b""))
+        h.update(name.encode() + (decisive(file) if file.exists() else b""))
     return h.hexdigest()[:12]
 
 

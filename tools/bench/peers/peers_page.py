@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import log10
+from math import log10, sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from evidence import CELLS, ROOT
@@ -13,6 +14,7 @@ PAGE = ROOT / "docs" / "evidence" / "peers.md"
 READING = Path(__file__).with_name("reading.md")
 PICTURE = PAGE.with_name("peers.svg")
 HEAD = "| method | calibration windows | bits per weight | KL to float | ± s.e. | perplexity | top-1 | seconds | CPU seconds | load | peak GB |"
+BESIDE = "autoround-50"
 OWN_ROWS = ("gptq", "awq", "rtn-clip", "rtn")
 TOOLKITS = ("gptqmodel", "llmcompressor", "auto-round", "hqq", "torchao", "torch", "transformers")
 
@@ -43,6 +45,39 @@ def _own(bits: int) -> list[tuple[float, str]]:
             columns = [f"qcore `{method}` ‡", windows, f"{kept['bits']:.2f}", *_figures(kept["scores"]), *cost]
             rows.append((kept["scores"]["kl"], f"| {' | '.join(columns)} |"))
     return rows
+
+
+def _confirmation(there: Mapping[Any, Mapping[str, Any]], methods: Mapping[str, Any]) -> list[str]:
+    """The methods that were scored on windows that nothing was chosen on; each but AutoRound beside AutoRound, window by window."""
+    rows = []
+    for bits in (4, 3, 2):
+        found = {c.method: k["unseen"] for c, k in there.items() if c.bits == bits and "unseen" in k}
+        for method, kept in sorted(found.items(), key=lambda kv: kv[1]["kl"]):
+            values = kept["kl_windows"]
+            columns = [str(bits), methods[method].words, f"{kept['kl']:.4f}", f"{stdev(values) / sqrt(len(values)):.4f}"]
+            columns += [f"{kept['perplexity']:.2f}", f"{kept['top1']:.3f}"]
+            if method != BESIDE and BESIDE in found:
+                apart = [own - other for own, other in zip(values, found[BESIDE]["kl_windows"], strict=True)]
+                lower = sum(d < 0 for d in apart)
+                columns += [f"{fmean(apart):+.4f} ± {stdev(apart) / sqrt(len(apart)):.4f}", f"{lower} of {len(apart)}"]
+            else:
+                columns += ["–", "–"]
+            rows.append(f"| {' | '.join(columns)} |")
+    if not rows:
+        return []
+    kept = next(k["unseen"] for k in there.values() if "unseen" in k)
+    head = "| bits | method | KL to float | ± s.e. | perplexity | top-1 | KL less AutoRound's, ± s.e. | windows in which it is lower |"
+    return [
+        "## On text that no setting was chosen on",
+        "",
+        f"The same runs on {len(kept['kl_windows'])} other windows of 512 tokens of the evaluation text, which no choice was made on; 64 calibration",
+        f"windows each. Float perplexity {kept['perplexity_reference']:.2f}. Differences are taken window by window.",
+        "",
+        head,
+        "|" + "---|" * (head.count("|") - 1),
+        *rows,
+        "",
+    ]
 
 
 def _own_threads() -> str:
@@ -127,6 +162,7 @@ def page(cells: Sequence[Any], methods: Mapping[str, Any], fresh: Callable[[Any,
         lines += [f"## {bits} bits", "", HEAD, "|" + "---|" * (HEAD.count("|") - 1), *[text for _, text in sorted(rows)], ""]
         lines += [f"- {methods[c.method].words}: **failed**, `{_one_line(k['run']['error'])}`" for c, k in failed]
         lines += ["Not measured: " + ", ".join(f"`{c.name}`" for c in absent) + ".", ""] if absent else [""] if failed else []
+    lines += _confirmation(there, methods)
     if any(not fresh(c, k) for c, k in there.items()):
         lines += ["† made by older code; the script computes it anew.", ""]
     if versions := _versions(list(there.values())):

@@ -4,6 +4,7 @@ It is read before anything is built, and nothing in it is trusted: types are che
 against the safetensors headers, and file names may not leave the folder.  It holds no clock and no machine, so the same run writes the same bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,12 @@ def qcore_version() -> str:
         return version("qcore")
     except PackageNotFoundError:
         return "unknown"
+
+
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def natural(path: str) -> tuple[Any, ...]:
@@ -56,6 +63,7 @@ class Manifest:
     adapter: the ModelAdapter that prepares it; "" = none
     origins: kind → name → distribution, of everything the entries name
     files:   weights file → bytes
+    sha256:  weights file → SHA-256 of its content; a file that is not named, by an older qcore, is not compared
     record:  how it was made: recipe, seed, data hash, coverage; nothing at run time reads it
     """
 
@@ -68,6 +76,7 @@ class Manifest:
     adapter: str = ""
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     written_by: str = field(default_factory=qcore_version)
 
@@ -82,6 +91,7 @@ class Manifest:
             "dtype": self.dtype,
             "origins": {kind: dict(names) for kind, names in self.origins.items()},
             "files": dict(self.files),
+            "sha256": dict(self.sha256),
             "shared": dict(self.shared),
             "ties": dict(self.ties),
             "modules": {path: {"type": e.type, "config": dict(e.config)} for path, e in self.modules.items()},
@@ -128,6 +138,7 @@ class Manifest:
                 for kind in _typed(table.get("origins", {}), dict, where, "origins")
             },
             files=files,
+            sha256=_names(table, "sha256", where),
             record=_typed(table.get("record", {}), dict, where, "record"),
             written_by=_typed(table.get("qcore", "unknown"), str, where, "qcore"),
         )

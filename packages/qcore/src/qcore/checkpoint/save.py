@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.checkpoint.layout import Layout, compressed_tensors_config, layout_for, model_dtype
-from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, natural, needed_names, origins_of
+from qcore.checkpoint.manifest import MANIFEST, Manifest, ModuleEntry, content_hash, natural, needed_names, origins_of
 from qcore.errors import CheckpointError
 from qcore.model.reader import TensorReader
 from qcore.model.safetensors_file import write_safetensors
@@ -80,6 +80,7 @@ def save(
             adapter=adapter,
             origins=origins_of(needs, registry),
             files=files,
+            sha256={file: content_hash(building / file) for file in files},
             record=dict(record or {}) | {"layout_reasons": list(layout.reasons[:8])},
         )
         manifest.write(building)
@@ -191,7 +192,7 @@ def _write_config(folder: Path, config: dict[str, Any], model: nn.Module, manife
         quantization = compressed_tensors_config(model)
     else:
         # the loader inside transformers sees config.json alone
-        quantization = {"quant_method": "qcore", "manifest": manifest.to_dict() | {"files": {}, "record": {}}}
+        quantization = {"quant_method": "qcore", "manifest": manifest.to_dict() | {"files": {}, "sha256": {}, "record": {}}}
     if quantization is not None:
         config["quantization_config"] = quantization
     ends = [end() for name in ("get_input_embeddings", "get_output_embeddings") if callable(end := getattr(model, name, None))]

@@ -10,6 +10,7 @@ import typer
 from qcore.cli._options import CalibOption, EvalOption, JsonOption, open_model, registry
 
 if TYPE_CHECKING:
+    from qcore.checkpoint import Manifest
     from qcore.plugins import Registry
 
 CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that `qcore quantize` wrote.", show_default=False)]
@@ -25,7 +26,7 @@ def verify(
     evaluation: EvalOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every tensor of a checkpoint as its loader would; with --reproduce also make it anew and compare.
+    """Read every tensor of a checkpoint as its loader would, and compare every weights file with its hash; with --reproduce also make it anew.
 
     The same machine, versions and number of threads give the same bytes; give the same --calib (and --eval, if it was given then).
 
@@ -44,7 +45,7 @@ def verify(
 
 
 def whole(folder: Path, own: "Registry") -> dict[str, Any]:
-    """Counts of what was read; CheckpointError for whatever is missing, cut, of another shape, or decodes to no number."""
+    """Counts of what was read; CheckpointError for whatever is missing, cut, changed, of another shape, or decodes to no number."""
     import torch
 
     from qcore.checkpoint import MANIFEST, Manifest
@@ -75,7 +76,27 @@ def whole(folder: Path, own: "Registry") -> dict[str, Any]:
             size += t.numel() * t.element_size()
             if t.is_floating_point() and not torch.isfinite(t.float()).all():
                 raise CheckpointError(f"{folder}: {name} holds NaN or infinity; the file is corrupt: fetch it again")
-    return {"layout": manifest.layout, "tensors": len(list(reader.names())), "packed_weights_decoded": decoded, "bytes": size}
+    return {
+        "layout": manifest.layout,
+        "tensors": len(list(reader.names())),
+        "packed_weights_decoded": decoded,
+        "bytes": size,
+        "files_hashed": unchanged(folder, manifest),
+    }
+
+
+def unchanged(folder: Path, manifest: "Manifest") -> int:
+    """How many weights files have the SHA-256 that the manifest says, all that it says one of; CheckpointError names one that has another."""
+    from qcore.checkpoint.manifest import content_hash
+    from qcore.errors import CheckpointError
+
+    hashed = [name for name in manifest.files if name in manifest.sha256]
+    for name in hashed:
+        if (found := content_hash(folder / name)) != (said := manifest.sha256[name]):
+            raise CheckpointError(
+                f"{folder / name} has SHA-256 {found[:16]}…, the manifest says {said[:16]}…: it was changed after it was written, fetch it again"
+            )
+    return len(hashed)
 
 
 def reproduced(folder: Path, own: "Registry", model: str | None, calib: Path | None, evaluation: Path | None) -> int:

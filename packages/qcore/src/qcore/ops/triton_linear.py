@@ -6,8 +6,9 @@
 | triton-int8-linear | the same | rounded to int8, because the layer's activation spec says so | int32 sums in a group, float32 over groups |
 | triton-fp4-linear | MXFP4, NVFP4 | float16, bfloat16 | as triton-weight-linear |
 
-Weights are held in words of 32 bits (a second copy of the codes, which is not saved).  They are chosen before all others, on a GPU alone.  Experts
-are not grouped: a layer of experts calls one kernel for each.  None of them has run on a GPU yet; kernels/README.md says what is proven without one.
+Weights are held in words of 32 bits (a second copy of the codes, which is not saved).  They are chosen before all others, on a GPU alone.  A layer of
+experts calls one kernel for each, unless a plug-in groups them (qplug-llm's `use_grouped`).  None of them has run on a GPU yet; kernels/README.md
+says what is proven without one.
 """
 
 from collections.abc import Mapping

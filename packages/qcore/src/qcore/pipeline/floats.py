@@ -22,7 +22,7 @@ def load_in_memory(model: nn.Module, name: str = "model") -> LoadedModel:
 
 
 def float_forward(loaded: LoadedModel, adapter: ModelAdapter) -> Callable[[Batch], Tensor]:
-    """The float model, all of it in memory: batch → outputs.  `release_blocks` frees it again."""
+    """The float model, all of it in memory: batch → outputs."""
     adapter.prepare(loaded.model)
     ties = tied_groups(loaded.model)
     materialize(loaded.model, "", loaded.reader, compute_dtype(loaded.dtype))
