@@ -8,8 +8,9 @@ from qcore.plugins import hookimpl
 @hookimpl
 def qcore_adapters():
     from qplug_multimodal.adapter import VisionLanguage
+    from qplug_multimodal.two_tower import TwoTower
 
-    return [VisionLanguage]
+    return [VisionLanguage, TwoTower]
 
 
 @hookimpl

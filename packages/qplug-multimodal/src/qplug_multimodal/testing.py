@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from qcore.model.adapter import ModelAdapter
 from qcore.model.reader import DictReader
 from qcore.testing.models import randomize
 from qcore.testing.transforms import fit_transform
@@ -51,6 +52,28 @@ def tiny_qwen2_vl(seed: int = 0) -> nn.Module:
         image_token_id=IMAGE, video_token_id=IMAGE + 1, vision_start_token_id=IMAGE + 2, vision_end_token_id=IMAGE + 3, tie_word_embeddings=True,
     )  # fmt: skip
     return _seeded(Qwen2VLForConditionalGeneration(config), seed)
+
+
+def tiny_clip(seed: int = 0) -> nn.Module:
+    """CLIP: an image tower of 2 layers (d = 32, 16 × 16 pixels) and a text tower of 2 (d = 24)."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8},
+        text_config={"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+                     "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        projection_dim=16,
+    )  # fmt: skip
+    return _seeded(CLIPModel(config), seed)
+
+
+def clip_batch(images: int = 3, texts: int = 4, length: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Random images, and texts that end with id 2, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (texts, length), generator=g)
+    ids[:, -1] = 2
+    ids[0, -3:] = torch.tensor([2, 0, 0])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()} | _pixels(images, (3, 16, 16), seed)
 
 
 class ExactRMSNorm(nn.Module):
@@ -110,9 +133,11 @@ def _pixels(images: int, shape: tuple[int, ...], seed: int) -> dict[str, Tensor]
     return {"pixel_values": torch.randn(images, *shape, generator=g)} if images else {}
 
 
-def composed(transforms: Sequence[Any], model: nn.Module, batches: Sequence[Any] = (), specs: Any = None) -> Rewrite:
+def composed(
+    transforms: Sequence[Any], model: nn.Module, batches: Sequence[Any] = (), specs: Any = None, adapter: ModelAdapter | None = None
+) -> Rewrite:
     """The rewrite of several transforms of scope "model", each fitted on what the ones before leave."""
-    adapter = VisionLanguage()
+    adapter = VisionLanguage() if adapter is None else adapter
     topology, rewrite = adapter.topology(model), Rewrite()
     for transform in transforms:
         reader = RewrittenReader(DictReader(dict(model.state_dict())), rewrite, model)
