@@ -38,7 +38,7 @@ def test_every_norm_of_the_tower_is_replaced_and_the_merger_is_folded_in_fours()
     rewrite = composed(STEPS, model)
     norms = {path: i.module for path, i in rewrite.inserts.items() if i.module.type == StreamNorm.name}
     assert sorted(norms) == sorted(["model.visual.merger.ln_q", *(f"model.visual.blocks.{i}.norm{j}" for i in range(2) for j in (1, 2))])
-    assert all(m.config["centred"] and not m.config["affine"] for m in norms.values())
+    assert all(m.config["centred"] and not m.config["matrix"] for m in norms.values())
     port = next(p for e in rewrite.edits["model.visual.merger.mlp.0.weight"] if (p := e.port).axis == "in")
     assert port.repeat == 4
     # producers have no mean over their outputs any more, before they are rotated
@@ -56,7 +56,7 @@ def test_a_tower_whose_stream_is_read_itself_keeps_its_mean():
     rewrite = composed(STEPS, tiny_llava().double())
     norms = {path: i.module for path, i in rewrite.inserts.items() if i.module.type == StreamNorm.name}
     assert norms and not any(m.config["centred"] for m in norms.values())
-    assert [path for path, m in norms.items() if m.config["affine"]] == ["model.vision_tower.pre_layrnorm"]
+    assert [path for path, m in norms.items() if m.config["matrix"]] == ["model.vision_tower.pre_layrnorm"]
     assert any("reads the stream itself" in note for note in rewrite.notes)
 
 

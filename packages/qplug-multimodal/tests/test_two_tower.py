@@ -30,7 +30,7 @@ def test_both_towers_are_rotated_and_scores_stay():
     norms = {path: i.module for path, i in rewrite.inserts.items() if i.module.type == StreamNorm.name}
     # pre_layrnorm stands in the image tower's stream; everything else reads it through a norm, so both are centred
     assert len(norms) == 11 and all(m.config["centred"] for m in norms.values())
-    assert [path for path, m in norms.items() if m.config["affine"]] == ["vision_model.pre_layrnorm"]
+    assert [path for path, m in norms.items() if m.config["matrix"]] == ["vision_model.pre_layrnorm"]
     assert deviation(outputs(adapter, apply_rewrite(model, rewrite, dict(REGISTRY.modules)), x), outputs(adapter, model, x)) <= 1e-10
 
 

@@ -87,7 +87,7 @@ def test_a_stream_behind_layer_norms_keeps_its_function(inside, direct, rotate):
     norms = [i.module for i in rewrite.inserts.values()]
     assert {n.type for n in norms} == {StreamNorm.name} and len(norms) == 3 - direct + inside
     assert all(n.config["centred"] == (not direct) for n in norms)
-    assert sum(n.config["affine"] for n in norms) == inside
+    assert sum(n.config["matrix"] for n in norms) == sum(n.config["shift"] for n in norms) == inside
 
 
 def test_the_adapter_of_these_tests_is_true():
@@ -126,10 +126,14 @@ def test_norms_that_are_not_folded_are_refused():
     model = _model(False, False)
     with pytest.raises(SpecError, match="put FoldNorm"):
         fit_transform(LayerNormToRMS(), StreamAdapter(), model, [])
-    bare = _model(False, False, bias=False)
-    fold = fit_transform(FoldNorm(), StreamAdapter(), bare, [])
-    with pytest.raises(SpecError, match="has a bias of its own"):
-        fit_transform(LayerNormToRMS(), StreamAdapter(), apply_rewrite(bare, fold), [])
+
+
+@KINDS
+def test_a_bias_that_no_layer_takes_over_stays_with_the_norm(inside, direct):
+    model = _model(inside, direct, bias=False).double()
+    fold = fit_transform(FoldNorm(), StreamAdapter(), model, [])
+    rewrite = check_transform(LayerNormToRMS(), StreamAdapter(), model, [_ids()], after=fold, modules=MODULES, rtol=1e-10)
+    assert all(i.module.config["shift"] for i in rewrite.inserts.values())
 
 
 def test_a_norm_in_the_stream_can_be_refused():
@@ -154,6 +158,8 @@ def test_stream_norm_is_layer_norm_in_other_channels():
 
 def test_stream_norm_is_rebuilt_from_its_config():
     own = StreamNorm(D, 1e-5, torch.randn(D), torch.randn(D, D), torch.randn(D))
+    bare = StreamNorm.from_config(StreamNorm(D, 1e-5).config())
+    assert bare.direction is bare.matrix is bare.shift is None
     other = StreamNorm.from_config(own.config())
     other.load_state_dict(own.state_dict())
     x = torch.randn(2, D)

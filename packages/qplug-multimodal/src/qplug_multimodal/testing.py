@@ -59,7 +59,8 @@ def tiny_clip(seed: int = 0) -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(
-        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+                       "patch_size": 8},
         text_config={"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
                      "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
         projection_dim=16,

@@ -1,7 +1,7 @@
 """Models of two towers, one for images and one for text, whose embeddings are compared: CLIP as transformers has it.
 
-The towers share nothing but the space of their embeddings.  Those are what users keep and compare, so their channels stay as they are: the projections
-are read by the towers' streams and stay float.
+The towers share nothing but the space of their embeddings.  Those are what users keep and compare, so their channels stay as they are, and the
+projections into it stay float.
 """
 
 from typing import Any, ClassVar
@@ -62,12 +62,11 @@ class TwoTower(ModelAdapter):
 
     def matches(self, model: nn.Module) -> bool:
         children = dict(model.named_children())
-        return all(
-            tower in children
-            and isinstance(children.get(projection), nn.Linear)
-            and any(isinstance(m, nn.ModuleList) for m in children[tower].modules())
-            for tower, projection in (IMAGES, TEXT)
-        )
+
+        def has_blocks(tower: str) -> bool:
+            return tower in children and any(isinstance(m, nn.ModuleList) for m in children[tower].modules())
+
+        return all(has_blocks(tower) and isinstance(children.get(projection), nn.Linear) for tower, projection in (IMAGES, TEXT))
 
     def prepare(self, model: nn.Module) -> None:
         """Rows of the image tower are patches: what the context says of padding is of the text, in place."""
