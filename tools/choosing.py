@@ -45,6 +45,11 @@ FIELDS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits": ("bits", lambda v: f"{v:.2f}"),
     "seconds": ("seconds", _seconds),
     "peak": ("memory.peak_bytes", lambda v: f"{v / 1e9:.1f} GB"),
+    # occupancy by rays, tracks
+    "rayiou": ("scores.rayiou", lambda v: f"{100 * v:.1f} %"),
+    "float-rayiou": ("scores.rayiou_reference", lambda v: f"{100 * v:.1f} %"),
+    "success": ("scores.success", lambda v: f"{v:.1f}"),
+    "float-success": ("scores.success_reference", lambda v: f"{v:.1f}"),
     # a peer's run, a selector's
     "cpu": ("run.cpu_seconds", _seconds),
     "eff-bits": ("run.eff_bits", lambda v: f"{v:.2f}"),
