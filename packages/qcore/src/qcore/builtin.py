@@ -39,12 +39,14 @@ def qcore_transforms():
         SmoothQuant,
         SplitColumns,
     )
+    from qcore.transforms.layer_norm import LayerNormToRMS
     from qcore.transforms.learn_static import LearnStatic
     from qcore.transforms.split_merge import SplitMerge
 
     return [
         FoldBatchNorm,
         FoldNorm,
+        LayerNormToRMS,
         SmoothQuant,
         AWQScale,
         HadamardRotate,
@@ -94,6 +96,7 @@ def qcore_modules():
     from qcore.modules.leaves import FLOAT_LEAVES, Nothing
     from qcore.modules.linear import QuantizedLinear
     from qcore.modules.reassemble import ReassembleChannels
+    from qcore.modules.stream_norm import StreamNorm
     from qcore.modules.sum import Sum
     from qcore.modules.tapped import QuantizedTap
 
@@ -105,6 +108,7 @@ def qcore_modules():
         HeadHadamard,
         ReassembleChannels,
         ClipRange,
+        StreamNorm,
         Sum,
         QuantizedTap,
         KVCache,
