@@ -223,7 +223,8 @@ def write(cells: Path) -> None:
         "",
         "More: [encoders](encoders.md), "
         "[state-space models](ssm.md), [mixtures of experts](moe.md), [fine-tuning](gsq.md), [convolutional networks](cnn.md), "
-        "[re-parameterised networks](reparam.md), [kernels](kernels.md), "
+        "[re-parameterised networks](reparam.md), [vision-language models](mquant.md), [3-D detection](petr.md), [occupancy](gsrender.md), "
+        "[tracking](mvctrack.md), [referring segmentation](lavt.md), [kernels](kernels.md), "
         "[selection of samples](selection.md), [solvers and mixed precision](solvers.md), "
         "[quantized activations and caches](w4a4.md), [formats of accelerators](formats.md), "
         "[prefetching for sparse NPUs](nvr.md), [other toolkits](peers.md).",
