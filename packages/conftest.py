@@ -22,7 +22,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     option = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not slow" and not option.usepdb
-    if whole and getattr(option, "numprocesses", 0) is None:
+    # a worker's own command line is that of the whole suite too
+    if whole and not hasattr(config, "workerinput") and getattr(option, "numprocesses", 0) is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         option.numprocesses = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         option.dist = "loadfile"
