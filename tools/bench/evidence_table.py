@@ -21,6 +21,7 @@ TOOLKITS = {  # by the name of the function in peers/run_peer.py
     "llmc-gptq": "llm-compressor",
     "gptqmodel": "gptqmodel",
 }
+NO_DATA = ("hqq", "torchao", "torchao-hqq", "autoround-rtn", "llmc-rtn")  # methods of theirs that look at no text
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,7 +100,8 @@ def _peers(folder: Path) -> list[str]:
     for (bits, toolkit), kept in sorted(best.items(), key=lambda e: (-e[0][0], e[1]["scores"]["kl"])):
         cell, run, scores = kept["cell"], kept["run"], kept["scores"]
         figures = f"{run['eff_bits']:.2f} | {scores['kl']:.4f} | {scores['perplexity']:.2f} | {run['cpu_seconds']:.0f}"
-        lines.append(f"| W{bits} | {toolkit} | `{cell['method']}` | {cell['windows']} | {figures} |")
+        windows = "–" if cell["peer"] in NO_DATA else cell["windows"]
+        lines.append(f"| W{bits} | {toolkit} | `{cell['method']}` | {windows} | {figures} |")
     return [*lines, ""]
 
 
