@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from qcore.calibration import MSE
 from qcore.checkpoint import load, save
 from qcore.errors import SpecError
 from qcore.model.tap import Tap, attach
@@ -313,6 +314,13 @@ def test_a_cache_of_latents_is_none_of_keys_and_values():
     recipe = Recipe(rules=(Rule("*:[kv]", per_head(4), window=0),), solver=RTN())
     plan = make_plan(load_in_memory(copy.deepcopy(model)), recipe, DecoderLM(), load_registry(), has_data=False)
     assert any("caches something else" in p for p in plan.problems)
+
+
+def test_a_plan_of_static_scales_says_the_cache_once_for_all_layers():
+    static = QuantSpec(format=Int(8), granularity=PerTensor(), when="static")
+    recipe = Recipe(rules=(Rule("*:[kv]", static, window=0, observer=MSE()),), solver=RTN())
+    plan = make_plan(load_in_memory(llama(dtype=torch.float32)), recipe, DecoderLM(), load_registry(), has_data=True)
+    assert len(plan.cache["policies"]) == 2, "keys and values"
 
 
 def test_a_recipe_may_quantize_the_cache_alone():

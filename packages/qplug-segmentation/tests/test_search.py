@@ -259,3 +259,12 @@ def test_best_percentile_keeps_the_contract_and_is_the_best_of_its_three():
         assert torch.equal(low, best[0]) and torch.equal(high, best[1])
     with pytest.raises(SpecError, match="percentiles in"):
         BestPercentile(qs=(0.2,))
+
+
+def test_given_scales_can_stand_in_a_recipe():
+    from qcore.plugins import load_registry
+    from qcore.recipe import Recipe, Rule
+    from qcore.recipe_file import dump, parse_recipe
+
+    recipe = Recipe(name="r", rules=(Rule("*:weight", W4),), solver=GivenScales((0.5, 0.25)))
+    assert parse_recipe(dump(recipe), load_registry(), name="r") == recipe

@@ -90,8 +90,10 @@ def cache(case: Case) -> dict[str, Any]:
         return {}
     before = sum(s.heads * s.head_dim * case.itemsize for s in kept)
     after = sum(bytes_per_token(case.specs[s], s.heads, s.head_dim) if s in case.specs else s.heads * s.head_dim * case.itemsize for s in kept)
-    policies = dict.fromkeys((s.tensor, case.specs[s], case.recipe.rule_for(s)) for s in sound)
-    said = [f"{place} {spec}" + (f", the last {rule.window} tokens float" if rule and rule.window else "") for place, spec, rule in policies]
+    rules = {s: case.recipe.rule_for(s) for s in sound}
+    windows = {s: own.window if own else None for s, own in rules.items()}
+    each = [f"{s.tensor} {case.specs[s]}" + (f", the last {windows[s]} tokens float" if windows[s] else "") for s in sound]
+    said = list(dict.fromkeys(each))
     case.notes.append(f"cache of keys and values: {'; '.join(said)}; {before:,} bytes per token become {after:,.0f}")
     return {"policies": said, "bytes_per_token": {"before": before, "after": after}}
 
