@@ -122,7 +122,7 @@ def _plan(case: Case) -> Plan:
         left_float=left,
         refused={str(port): why for port, why in case.topology.blocked.items()},
         transforms=uses,
-        problems=tuple(case.problems),
+        problems=tuple(dict.fromkeys(case.problems)),
         notes=(*case.loaded.notes, *case.notes),
         bytes_before=before,
         bytes_after=after,
