@@ -60,6 +60,17 @@ def test_a_connector_that_reads_several_layers_is_refused():
     assert any("reads several layers" in why for why in topology.blocked.values())
 
 
+def test_a_connector_that_reads_patches_in_an_unknown_order_is_refused():
+    """Four patches behind each other without a norm that says so: a rotation of the stream would meet the wrong columns."""
+    model, adapter = tiny_llava(), VisionLanguage()
+    first = model.model.multi_modal_projector.linear_1
+    model.model.multi_modal_projector.linear_1 = nn.Linear(4 * first.in_features, first.out_features)
+    topology = adapter.topology(model)
+    assert "vision residual" not in {link.name for link in topology.links}
+    why = topology.blocked[Port("model.multi_modal_projector.linear_1.weight", "in")]
+    assert "reads 128 channels, and the stream has 32" in why
+
+
 def test_layers_that_nothing_reads_are_no_sites():
     topology = VisionLanguage().topology(tiny_llava())
     assert not any("encoder.layers.2" in str(site) for site in topology.sites)

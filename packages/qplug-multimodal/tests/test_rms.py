@@ -55,7 +55,7 @@ def _errors(mean: float) -> tuple[float, float]:
 
 
 def test_a_split_has_less_error_where_the_predicate_holds():
-    """The specification's toy (256 × 16, mean 0.5) reports 2.6 times less."""
+    """An independent program measured 2.6 times less on such a matrix (256 × 16, mean 0.5)."""
     whole, apart = _errors(0.5)
     assert apart < whole / 2
 

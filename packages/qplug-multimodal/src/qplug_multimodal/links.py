@@ -116,6 +116,10 @@ class Links:
         why = a.strange or a.vision.strange or c.strange
         if not why and not a.vision.blocks:
             why = "the connector reads what enters the tower"
+        if not why:
+            width, takes = self._size(a.vision.blocks[0].first_norm), self._size(c.layers[0], "in")
+            if takes != c.merge * width:
+                why = f"{c.layers[0]} reads {takes} channels, and the stream has {width}: how patches lie in them is not known"
         if why:
             if not a.vision.strange:
                 writes, reads, _ = self._stream(a.vision)

@@ -89,7 +89,7 @@ class PairFile:
         try:
             data = json.loads(line)
         except ValueError as e:
-            raise CalibrationError(f"{where} is no JSON ({e})") from e
+            raise CalibrationError(f'{where} is no JSON ({e}); pairs come one a line, {{"images": ["a.png"], "text": "…", "answer": "…"}}') from e
         images, text = (data.get("images", []), data.get("text")) if isinstance(data, dict) else (None, None)
         if not isinstance(text, str) or not isinstance(images, list) or not all(isinstance(i, str) for i in images):
             raise CalibrationError(f'{where}: want {{"images": ["a.png"], "text": "…", "answer": "…"}}, got {line[:60]!r}')
