@@ -13,6 +13,7 @@ from qcore.checkpoint.journal import Journal
 from qcore.cli import main
 from qcore.cli._data import data_problems
 from qcore.cli._models import Outline
+from qcore.cli._replace import take_place
 from qcore.cli._run_folder import running_into
 from qcore.cli.compare import check_alike
 from qcore.errors import CheckpointError, NotFound, PlanError
@@ -309,3 +310,24 @@ def test_a_locale_without_the_signs_of_tables_still_gets_the_table(registry, mon
     assert main(["recipes", "list"]) == 0
     out.flush()
     assert b"w4a16-gptq" in out.buffer.getvalue()
+
+
+def test_what_was_there_stays_where_the_new_folder_cannot_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, new = tmp_path / "out", tmp_path / "new"
+    for folder, text in ((out, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "which").write_text(text)
+    rename = Path.rename
+
+    def refuses(self: Path, target: Path) -> Path:
+        if self == new:
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuses)
+        with pytest.raises(OSError, match="Permission"):
+            take_place(new, out)
+    assert (out / "which").read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
+    take_place(new, out)
+    assert (out / "which").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -19,7 +19,7 @@ from qplug_llm.decoder import DecoderLM
 from qplug_llm.gsq import adapters
 from qplug_llm.gsq.commands import tune
 from qplug_llm.gsq.model import adapt, linear_sites, next_token_loss, recipe_problems, weights_alone
-from qplug_llm.gsq.run import Job, execute, kept_bytes, prepare
+from qplug_llm.gsq.run import MARK, Job, execute, kept_bytes, prepare
 from typer.testing import CliRunner
 
 
@@ -209,6 +209,18 @@ def test_a_run_that_is_interrupted_and_resumed_writes_the_same_adapters(make, te
     again = job(make, texts, tmp_path / "out", resume=True)
     assert execute(again, prepare(again), silent)["counted_from_step"] == 2
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_that_was_killed_before_its_first_steps_were_kept_is_begun_again(make, texts, tmp_path):
+    own = job(make, texts, tmp_path / "out")
+    (own.work / "result").mkdir(parents=True)
+    with pytest.raises(PlanError, match="no run made it"):
+        prepare(own)
+    (own.work / MARK).touch()
+    assert prepare(own).windows is not None
+    own.state.touch()
+    with pytest.raises(PlanError, match="--resume"):
+        prepare(own)
 
 
 def test_every_problem_is_named_before_anything_is_computed(make, texts, tmp_path):

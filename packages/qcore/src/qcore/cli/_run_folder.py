@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcore.cli._replace import take_place
+
 if TYPE_CHECKING:
     from qcore.checkpoint.journal import Journal
     from qcore.processes import Processes
@@ -106,7 +108,7 @@ def running_into(out: Path, content: Mapping[str, Any], *, resume: bool, process
     try:
         with _terminable():
             yield journal, building
-            _swap(building, out)
+            take_place(building, out)
     except KeyboardInterrupt:
         done = _finished(run)
         keep = done > 0
@@ -151,15 +153,6 @@ def _of_a_run(run: Path) -> bool:
 
 def _finished(run: Path) -> int:
     return len(list(run.glob("block-*.json")))
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Put `folder` where `out` is; what was there is deleted last."""
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

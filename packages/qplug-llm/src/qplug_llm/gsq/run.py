@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from qcore.calibration.text import TextFile, cut, data_hash
 from qcore.checkpoint import save
+from qcore.cli.kit import take_place
 from qcore.errors import CalibrationError, NotFound, PlanError, QcoreError
 from qcore.evaluation import choose_text, default_window, evaluation_windows
 from qcore.evaluation.metrics import nll_rows, perplexity
@@ -34,6 +35,7 @@ from qplug_llm.gsq import adapters
 from qplug_llm.gsq.model import TunedModel, adapt, linear_sites, next_token_loss, recipe_problems, weights_alone
 
 Report = Callable[[str, int, int], None]
+MARK = "run"  # a file that tells the folder of a run, also of one that was killed before it had anything to go on from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,11 @@ class Job:
         """The folder beside the result in which a run works."""
         real = Path(os.path.realpath(self.out))
         return real.parent / f"{real.name}.tune"
+
+    @property
+    def state(self) -> Path:
+        """The file that an interrupted run goes on from."""
+        return self.work / "state.safetensors"
 
     def settings(self) -> TrainSettings:
         return TrainSettings(
@@ -184,9 +191,9 @@ def _out_problems(job: Job) -> list[str]:
         used = [Path.cwd(), job.data, *([job.evaluation] if job.evaluation else []), Path(job.uri)]
         if job.force and any(Path(os.path.realpath(p)).is_relative_to(out) for p in used):
             found.append(f"-o {given} --force would delete what this run reads; name another folder")
-    if job.work.exists() and not (job.work / "state.safetensors").exists() and any(job.work.iterdir()):
+    if job.work.exists() and not (job.work / MARK).exists() and any(job.work.iterdir()):
         found.append(f"{job.work} is where a run into {given} works, and no run made it; move it away, or name another folder")
-    elif (job.work / "state.safetensors").exists() and not (job.resume or job.force):
+    elif job.state.exists() and not (job.resume or job.force):
         found.append(f"{job.work.name}/ beside {given.name} holds an unfinished run; go on with --resume, or start anew with --force")
     return found
 
@@ -235,6 +242,7 @@ def execute(job: Job, ready: Prepared, report: Report) -> dict[str, Any]:
     if not job.resume:
         shutil.rmtree(job.work, ignore_errors=True)
     job.work.mkdir(parents=True, exist_ok=True)
+    (job.work / MARK).touch()
     building = job.work / "result"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
@@ -269,7 +277,7 @@ def execute(job: Job, ready: Prepared, report: Report) -> dict[str, Any]:
         len(ready.windows),
         ready.settings,
         begin=tuned.dither.begin,
-        file=job.work / "state.safetensors",
+        file=job.state,
         content=f"{loaded.name} {weights_fingerprint(loaded.reader)}; {dump(ready.recipe)}; rank {job.rank}, alpha {job.alpha}, {job.rounding}; "
         + data_hash(ready.windows),
         resume=job.resume,
@@ -282,7 +290,7 @@ def execute(job: Job, ready: Prepared, report: Report) -> dict[str, Any]:
         adapters.write_merged(tuned, loaded, building / adapters.MERGED)
     record = _record(job, ready, tuned, log, scores, kept, zero, frozen)
     (building / adapters.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _swap(building, Path(os.path.realpath(job.out)))
+    take_place(building, Path(os.path.realpath(job.out)))
     shutil.rmtree(job.work, ignore_errors=True)
     return record
 
@@ -330,15 +338,6 @@ def _record(
     }
 
 
-def _swap(folder: Path, out: Path) -> None:
-    """Put `folder` where `out` is; what was there is deleted last."""
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def run(job: Job, *, dry_run: bool, as_json: bool) -> None:
     """Do the job and print what came out."""
     from qcore.cli.kit import progress, remark, table
@@ -352,13 +351,13 @@ def run(job: Job, *, dry_run: bool, as_json: bool) -> None:
         try:
             record = execute(job, ready, report)
         except KeyboardInterrupt:
-            if (job.work / "state.safetensors").exists():
+            if job.state.exists():
                 remark(f"{job.work.name}/ holds the run; the same command with --resume goes on")
             else:
                 shutil.rmtree(job.work, ignore_errors=True)
             raise
-        except QcoreError:
-            if not (job.work / "state.safetensors").exists():
+        except (QcoreError, OSError):
+            if not job.state.exists():
                 shutil.rmtree(job.work, ignore_errors=True)
             raise
     if as_json:
