@@ -1,6 +1,6 @@
 # Everything that a contributor does in a day.  `make help` lists it.
 .DEFAULT_GOAL := help
-PATHS ?= packages kernels
+PATHS ?=
 # each writes a page of docs/evidence from cells of its own; tools/bench/peers/compare.py wants environments beside
 MATRICES ?= evidence evidence_solvers evidence_moe evidence_w4a4 evidence_ssm evidence_reparam evidence_cnn evidence_formats evidence_gsq evidence_mquant evidence_petr \
 	evidence_gsrender evidence_mvctrack evidence_lavt
