@@ -16,7 +16,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("function", "low", "high", "largest", "rms", "lin32", "lin64", "lin256"), TABLE)
-def test_errors_are_those_of_the_specification(function, low, high, largest, rms, lin32, lin64, lin256):
+def test_errors_are_those_that_an_independent_program_measured(function, low, high, largest, rms, lin32, lin64, lin256):
     x = torch.linspace(low, high, 100_001, dtype=torch.float64)
     off = (build(function, low, high)(x) - FUNCTIONS[function].of(x)).abs()
     assert off.max().item() == pytest.approx(largest, rel=0.2)

@@ -60,7 +60,9 @@ def test_boxes_keep_their_corners():
 
 @needs_mmdet3d
 def test_a_config_of_mmengine_is_built_and_predicts(tmp_path):
-    stand_in = openmmlab.stand_in_for_mmcv_ops()
+    if openmmlab.stand_in_for_mmcv_ops():
+        with pytest.raises(NotImplementedError, match="install the full mmcv"):
+            importlib.import_module("mmcv._ext").box_iou_rotated()
     config_file = tmp_path / "petr.py"
     config_file.write_text(f"model = dict(type='QPETR', petr={SMALL.to_dict() | {'embedding': 'qfpe'}!r})\n")
     config = importlib.import_module("mmengine.config").Config.fromfile(str(config_file))
@@ -75,7 +77,6 @@ def test_a_config_of_mmengine_is_built_and_predicts(tmp_path):
     assert set(losses) == {"d0.loss", "d1.loss"}
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.detector.layers.parameters())
-    assert isinstance(stand_in, bool)
 
 
 @needs_mmdet3d

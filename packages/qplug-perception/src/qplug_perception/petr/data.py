@@ -240,7 +240,7 @@ class ScenePair:
         tested = f"evaluated on {self.evaluation.name}" if self.evaluation else f"not evaluated: there are no scenes, pass --eval with {FORMAT}"
         if self.calibration is None or not calibrated:
             return f"no calibration data was needed, {tested}"
-        return f"calibrated on {self.calibration.name}, {tested}"
+        return f"calibrated on samples of {self.calibration.name}, {tested}"
 
     def record(self, batches: Sequence[Any], task: Any) -> Mapping[str, Any]:
         """Of both: where from, how many, and sha256."""

@@ -5,9 +5,9 @@ cells, one piece spans all m.  So pieces are short where the function bends, alt
 
 Tables are found by splitting and merging: the worst piece is split, and paid for by merging the two neighbouring pieces that are missed least, as
 long as the largest error falls.  Corners of pieces lie on cell boundaries or divide a cell evenly, so the cascade is those pieces exactly.
-Fitting free corners first and sampling them onto T1's grid gives errors 20 to 160 times as large [M].
+Fitting free corners first and sampling them onto T1's grid gave errors 20 to 160 times as large.
 
-The split and merge is the paper's idea [2]; its details, how a merged piece is taken apart among them, are inferred [I].
+The split and merge is the paper's idea; its details, how a merged piece is taken apart among them, are inferred.
 
 Source: FQ-PETR, https://arxiv.org/abs/2502.15488, section on DULUT.  The repository that the paper names holds no code.
 """

@@ -3,8 +3,8 @@
 x̂ = x - max(x) in full precision, then codes of [-β, 0] in steps of β / (2^b - 1), values below -β clipped.  Quantized before, a row's scale is
 that of the largest logit of all rows, and its top is rounded by half a step.
 
-β comes from candidates, by the mean L1 distance between the softmax of codes and that of floats, on calibration data [2].  The paper finds β = 20
-without loss; on normal logits 15 is as good or better, below 10 it is much worse [M].
+β comes from candidates, by the mean L1 distance between the softmax of codes and that of floats, on calibration data.  The paper finds β = 20
+without loss; on normal logits 15 is as good or better, below 10 it is much worse.
 
 Source: FQ-PETR, https://arxiv.org/abs/2502.15488, section on QANS.  The repository that the paper names holds no code.
 """

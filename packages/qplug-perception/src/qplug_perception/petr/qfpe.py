@@ -3,8 +3,8 @@
 No value passes an inverse_sigmoid, and what the perceptron reads is a convex combination of the anchors' vectors: never larger than the largest of
 them, wherever the point lies.
 
-Inferred, for the paper leaves them open: anchors lie evenly from one end of the range to the other [I]; vectors have width / 2 channels, as the sine
-features of the queries have [I].  The geometry is PETR's with the single depth of 30 m [2]; that the ray leaves the LiDAR's origin rather than the
+Inferred, for the paper leaves them open: anchors lie evenly from one end of the range to the other; vectors have width / 2 channels, as the sine
+features of the queries have.  The geometry is PETR's with the single depth of 30 m; that the ray leaves the LiDAR's origin rather than the
 camera's is how the paper puts it, with the very formula that is used here.
 
 Source: Q-PETR / FQ-PETR, https://arxiv.org/abs/2502.15488, sections on QFPE (v1: QD-PE).  The repository that the paper names holds no code.
