@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from qcore.errors import CalibrationError, NotFound
-from qplug_segmentation.refer import decoded_counts, mask_of, nearest, open_folder, polygon_mask, run_length_mask
+from qplug_segmentation.refer import decoded_counts, mask_of, nearest, open_folder, polygons_mask, run_length_mask
 
 REFS = [
     {"ref_id": 1, "ann_id": 10, "image_id": 5, "split": "train", "sentences": [{"sent": "the left box"}, {"raw": "Box on the left"}]},
@@ -105,17 +105,56 @@ def test_files_that_are_missing_or_another_thing_are_named(folder):
 # masks -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_polygon_of_a_rectangle_covers_its_pixels_and_a_triangle_half():
-    assert int(polygon_mask([2, 1, 7, 1, 7, 4, 2, 4], 6, 10).sum()) == 15
-    big = polygon_mask([0, 0, 200, 0, 0, 200], 200, 200)
-    assert abs(int(big.sum()) - 20000) <= 200
-    # direction and first corner do not matter
-    assert np.array_equal(polygon_mask([2, 4, 7, 4, 7, 1, 2, 1], 6, 10), polygon_mask([7, 1, 7, 4, 2, 4, 2, 1], 6, 10))
+def inside(corners: list[float], height: int, width: int) -> np.ndarray:
+    """The pixels whose centre lies inside, by the even-odd rule."""
+    ys, xs = np.arange(height)[:, None] + 0.5, np.arange(width)[None] + 0.5
+    found = np.zeros((height, width), bool)
+    points = list(zip(corners[0::2], corners[1::2], strict=True))
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
+        if y0 != y1:
+            found ^= ((ys >= min(y0, y1)) & (ys < max(y0, y1))) & (xs > x0 + (ys - y0) * (x1 - x0) / (y1 - y0))
+    return found
 
 
-def test_a_shape_that_is_concave_by_the_even_odd_rule():
-    u = polygon_mask([0, 0, 2, 0, 2, 4, 4, 4, 4, 0, 6, 0, 6, 6, 0, 6], 6, 6)
-    assert u[0].tolist() == [True, True, False, False, True, True] and bool(u[5].all())
+@pytest.mark.parametrize("seed", range(5))
+def test_polygons_cover_the_pixels_inside_but_for_their_outline(seed):
+    rng = np.random.default_rng(seed)
+    turns = np.sort(rng.uniform(0, 2 * np.pi, 7))
+    radius = rng.uniform(8, 24, 7)
+    corners = np.stack([30 + radius * np.cos(turns), 25 + radius * np.sin(turns)], 1).flatten().tolist()
+    own, other = polygons_mask([corners], 50, 60), inside(corners, 50, 60)
+    around = sum(np.hypot(*p) for p in np.diff(np.array([*corners, *corners[:2]]).reshape(-1, 2), axis=0))
+    assert own.shape == (50, 60) and own.sum() > 100
+    assert (own ^ other).sum() <= around / 2
+
+
+def test_polygons_are_joined_and_a_hole_between_two_stays():
+    assert int(polygons_mask([[2, 1, 7, 1, 7, 4, 2, 4]], 6, 10).sum()) == 15
+    two = polygons_mask([[0, 0, 2, 0, 2, 4, 0, 4], [1, 0, 3, 0, 3, 4, 1, 4], [6, 0, 7, 0, 7, 4, 6, 4]], 4, 8)
+    assert two.tolist() == [[True] * 3 + [False] * 3 + [True, False]] * 4
+    assert not polygons_mask([], 4, 8).any()
+
+
+@pytest.mark.parametrize(
+    ("polygon", "words"),
+    [
+        ([0, 0, 4, 4], "three corners or more, x and y of each, got 4 numbers"),
+        ([0, 0, 4, 4, 1, 2, 3], "got 7 numbers"),
+        ([0, 0, 900, 0, 5, 5], "x = 900, and the picture ends at 8"),
+        ([0, 0, 4, float("nan"), 5, 5], "y = nan, and the picture ends at 4"),
+    ],
+)
+def test_polygons_of_another_picture_are_refused(polygon, words):
+    with pytest.raises(CalibrationError, match=words):
+        polygons_mask([polygon], 4, 8)
+
+
+def test_run_lengths_are_those_that_coco_writes():
+    mask = pytest.importorskip("pycocotools.mask", reason="the code that defines the format")
+    drawn = np.random.default_rng(0).random((37, 53)) > 0.6
+    packed = mask.encode(np.asfortranarray(drawn.astype(np.uint8)))
+    segmentation = {"size": list(packed["size"]), "counts": packed["counts"].decode()}
+    assert np.array_equal(mask_of(segmentation, 37, 53), drawn)
 
 
 @pytest.mark.parametrize("counts", [[0, 5, 3, 2], [7, 1, 40, 33, 900, 2, 17], [100], [3, 2000, 1, 1, 2000]])

@@ -158,13 +158,13 @@ def _json(file: Path, keys: set[str] | None) -> Any:
 
 
 def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation as [height, width] bool: a list of polygons (their union), or run lengths, plain or compressed."""
+    """A COCO segmentation as [height, width] bool: a list of polygons (their union), or run lengths, plain or compressed.
+
+    Run lengths are unpacked here: COCO's own code does not check them, and writes past its memory where they are wrong.
+    """
     if isinstance(segmentation, list):
-        mask = np.zeros((height, width), dtype=bool)
-        for polygon in segmentation:
-            mask |= polygon_mask(polygon, height, width)
-        return mask
-    if not isinstance(segmentation, dict) or set(segmentation) < {"counts", "size"}:
+        return polygons_mask(segmentation, height, width)
+    if not isinstance(segmentation, dict) or not {"counts", "size"} <= set(segmentation):
         raise CalibrationError(f"a segmentation is a list of polygons or run lengths with 'counts' and 'size', got {type(segmentation).__name__}")
     size = tuple(int(v) for v in segmentation["size"])
     if size != (height, width):
@@ -173,24 +173,26 @@ def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
     return run_length_mask(counts if isinstance(counts, list) else decoded_counts(str(counts)), height, width)
 
 
-def polygon_mask(corners: Sequence[float], height: int, width: int) -> np.ndarray:
-    """The pixels whose centre lies inside a polygon x0, y0, x1, y1 …, by the even-odd rule.
+def polygons_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+    """The union of polygons x0, y0, x1, y1 …, drawn by COCO's own code, so that every pixel of an outline falls as in published figures.
 
-    COCO's own code draws at five times the size, and may differ in pixels that the outline passes.
+    CalibrationError for polygons of less than three corners, and for corners that lie further outside than the picture is wide or high
     """
-    if len(corners) < 6 or len(corners) % 2:
-        raise CalibrationError(f"a polygon has three corners or more, x and y of each, got {len(corners)} numbers")
-    xs, ys = np.asarray(corners[0::2], dtype=float), np.asarray(corners[1::2], dtype=float)
-    rows = np.arange(height) + 0.5
-    columns = np.arange(width) + 0.5
-    inside = np.zeros((height, width), dtype=bool)
-    for x0, y0, x1, y1 in zip(xs, ys, np.roll(xs, -1), np.roll(ys, -1), strict=True):
-        if y0 == y1:
-            continue
-        crossed = np.nonzero((rows >= min(y0, y1)) & (rows < max(y0, y1)))[0]
-        at = x0 + (rows[crossed] - y0) * (x1 - x0) / (y1 - y0)
-        inside[crossed] ^= columns[None, :] > at[:, None]
-    return inside
+    try:
+        from pycocotools import mask
+    except ModuleNotFoundError as e:
+        raise NotFound("polygons are drawn by pycocotools, which is not installed: pip install 'qplug-segmentation[pictures]'") from e
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise CalibrationError(f"a polygon has three corners or more, x and y of each, got {len(polygon)} numbers")
+        for axis, (values, side) in zip("xy", ((polygon[0::2], width), (polygon[1::2], height)), strict=True):
+            out = next((v for v in values if not -side <= v <= 2 * side), None)
+            if out is not None:
+                raise CalibrationError(f"a polygon has a corner at {axis} = {out}, and the picture ends at {side}; is it another picture's?")
+    if not polygons:
+        return np.zeros((height, width), dtype=bool)
+    drawn = mask.frPyObjects([[float(v) for v in polygon] for polygon in polygons], height, width)
+    return mask.decode(mask.merge(drawn)).astype(bool)
 
 
 def run_length_mask(counts: Sequence[int], height: int, width: int) -> np.ndarray:
