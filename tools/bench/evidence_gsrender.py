@@ -4,7 +4,7 @@
     python tools/bench/evidence_gsrender.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_gsrender.py --table        write the page from the cells that are there
 
-Model: gsrender:tiny, trained by tools/zoo/train_gsrender_tiny.py on made-up streets.  Calibration: 16 streets of the training seeds, others for each
+Model: gsrender:tiny, trained by tools/zoo/train_tiny_gsrender.py on made-up streets.  Calibration: 16 streets of the training seeds, others for each
 seed; evaluation: 12 streets from seed 100,000 on.  A cell takes about 10 s of one core, the sweep about 60 s.
 """
 
@@ -144,7 +144,7 @@ def page(cells: Sequence[Cell]) -> str:
         "# GSRender: what quantization does to the small occupancy network",
         "",
         "`python tools/bench/evidence_gsrender.py` made this page; one JSON file a cell lies in `cells/gsrender-tiny/`.",
-        "Model: `gsrender:tiny`, trained on made-up streets of boxes by `tools/zoo/train_gsrender_tiny.py`, from 2D labels. Calibration: 16 streets",
+        "Model: `gsrender:tiny`, trained on made-up streets of boxes by `tools/zoo/train_tiny_gsrender.py`, from 2D labels. Calibration: 16 streets",
         f"of training seeds ({SEEDS} calibration{'s' if SEEDS > 1 else ''}); evaluation: 12 others, whose voxels are known.",
         "It is not nuScenes, and the paper's figures are not reproduced here.",
         "",

@@ -4,7 +4,7 @@
     python tools/bench/evidence_mvctrack.py --list         say which are missing, and compute nothing
     python tools/bench/evidence_mvctrack.py --table        write the page from the cells that are there
 
-Model: mvctrack:tiny, trained by tools/zoo/train_mvctrack_tiny.py on made-up sequences, half of them with virtual points.  Evaluation: 12 sequences of
+Model: mvctrack:tiny, trained by tools/zoo/train_tiny_mvctrack.py on made-up sequences, half of them with virtual points.  Evaluation: 12 sequences of
 8 frames from seed 100,000 on.  Calibration: 64 pairs of frames of training seeds.  A cell takes about 10 s of one core.
 """
 
@@ -136,7 +136,7 @@ def page(cells: Sequence[Cell]) -> str:
         "# MVCTrack: what virtual points and quantization do to the small tracker",
         "",
         "`python tools/bench/evidence_mvctrack.py` made this page; one JSON file a cell lies in `cells/mvctrack-tiny/`.",
-        "Model: `mvctrack:tiny`, trained on made-up sequences by `tools/zoo/train_mvctrack_tiny.py`;",
+        "Model: `mvctrack:tiny`, trained on made-up sequences by `tools/zoo/train_tiny_mvctrack.py`;",
         f"evaluation: {SEQUENCES} others of 8 frames, one seed. It is not nuScenes, and the paper's figures are not reproduced here.",
         "",
         "| | Success | Precision | drift from float, m | one step's SQNR, dB | points on the object | virtual points | … over 0.3 m off its box |",

@@ -1,16 +1,14 @@
-"""Train the small occupancy network of qplug-perception on made-up streets, from 2D labels alone; it takes about 8 minutes of one core.
+"""Train the small occupancy network of qplug-perception on made-up streets, from 2D labels alone; about seven minutes of one core.
 
-    python tools/zoo/train_gsrender_tiny.py --minutes 7
+    python tools/zoo/train_tiny_gsrender.py
 
 Labels: depth and class at a tenth of the pixels of four cameras, and (weight 0.3, without dynamic classes) of two cameras of a
 neighbouring moment.  Scenes 0 … 39,999 train; 50,000 … 50,015 choose the threshold τ; 100,000 and above are for evaluation and are
-not touched here.
-No voxel label is used but for choosing τ.
+not touched here.  No voxel label is used but for choosing τ.  What a step sees depends on the seed and the step only.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -22,14 +20,21 @@ from qplug_perception.gsrender.model import STRIDE, OccupancyConfig, OccupancyNe
 from qplug_perception.gsrender.scenes import Frame, Rig, frame, occupancy, random_scene
 from safetensors.torch import save_file
 
-OUT = Path(__file__).resolve().parents[2] / "packages/qplug-perception/src/qplug_perception/gsrender/weights/tiny"
+from common import ROOT, command_line, train, versions, write_json
+
+OUT = ROOT / "packages/qplug-perception/src/qplug_perception/gsrender/weights/tiny"
 TRAIN, CHOOSE = 40_000, range(50_000, 50_016)
 RAYS = 160
 DEPTH_WEIGHT = 0.05
 
 
 def stacked(frames: list[Frame]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([getattr(f, name) for f in frames]) for name in ("images", "intrinsics", "to_vehicle")}
+    """What the network reads of some frames."""
+    return {
+        "images": torch.stack([f.images for f in frames]),
+        "intrinsics": torch.stack([f.intrinsics for f in frames]),
+        "to_vehicle": torch.stack([f.to_vehicle for f in frames]),
+    }
 
 
 def drawn(views: list[View], generator: torch.Generator) -> list[View]:
@@ -41,60 +46,33 @@ def drawn(views: list[View], generator: torch.Generator) -> list[View]:
     return few
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0, help="of processor time")
-    parser.add_argument("--wall", type=float, default=1e9, help="minutes by the clock, on a machine that others use too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2500, help="at most, and the length of the learning rate's slope")
-    parser.add_argument("--out", type=Path, default=OUT)
-    a = parser.parse_args()
-    torch.manual_seed(a.seed)
-    generator = torch.Generator().manual_seed(a.seed)
-    config = OccupancyConfig()
-    model = OccupancyNet(config)
-    with torch.no_grad():
-        model.head.opacity.conv.bias.fill_(-1.0)
-    rig = Rig(size=config.size)
-    adam = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    begun, started, losses, done = time.process_time(), time.monotonic(), [], 0
-    for step in range(a.steps):
-        spent = max((time.process_time() - begun) / (60 * a.minutes), (time.monotonic() - started) / (60 * a.wall))
-        if spent >= 1:
-            break
-        rate = 3e-3 * (1 - max(spent, step / a.steps)) + 3e-5
-        for group in adam.param_groups:
-            group["lr"] = rate
-        scenes = [random_scene(int(s)) for s in torch.randint(0, TRAIN, (2,), generator=generator)]
-        now = [frame(s, 0.0, rig) for s in scenes]
-        volume, logits = model.features(stacked(now))
-        own = model.head(volume)
-        loss = torch.zeros(())
-        for i, (scene, here) in enumerate(zip(scenes, now, strict=True)):
-            sign = 1 if torch.rand((), generator=generator) < 0.5 else -1
-            other = frame(scene, sign * float(torch.randint(1, 4, (), generator=generator)), rig)
-            views = views_of(here.cameras(), here.depth, here.labels, here.pose, here.pose)
-            beside = views_of(other.cameras(), other.depth, other.labels, here.pose, other.pose)
-            views += [beside[int(j)] for j in torch.randperm(len(beside), generator=generator)[:2]]
-            attributes = Attributes(own.delta_mu[i], own.delta_s[i], own.opacity[i], own.semantic[i])
-            gaussians = attributes.gaussians(config.grid, config.reach)
-            loss = loss + supervise(gaussians, drawn(views, generator), LossSettings(entropy=0.05)) / 8
-            at = here.depth.reshape(-1, *config.size)[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].flatten()
-            bins = logits[i].permute(0, 2, 3, 1).flatten(0, 2)
-            loss = loss + DEPTH_WEIGHT * lift_depth_loss(bins, at, config.start, config.step)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        adam.step()
-        losses.append(float(loss.detach()) / 2)
-        done = step + 1
-        if step % 50 == 0:
-            print(f"{step:5} loss {sum(losses[-50:]) / len(losses[-50:]):.3f}  {time.process_time() - begun:.0f} s", flush=True)
-    seconds = time.process_time() - begun
-    model.eval()
+def batch_loss(model: OccupancyNet, config: OccupancyConfig, rig: Rig, generator: torch.Generator) -> torch.Tensor:
+    """The loss of two streets, each in its own cameras and two of a neighbouring moment."""
+    scenes = [random_scene(int(s)) for s in torch.randint(0, TRAIN, (2,), generator=generator)]
+    now = [frame(s, 0.0, rig) for s in scenes]
+    volume, logits = model.features(stacked(now))
+    own = model.head(volume)
+    loss = torch.zeros(())
+    for i, (scene, here) in enumerate(zip(scenes, now, strict=True)):
+        sign = 1 if torch.rand((), generator=generator) < 0.5 else -1
+        other = frame(scene, sign * float(torch.randint(1, 4, (), generator=generator)), rig)
+        views = views_of(here.cameras(), here.depth, here.labels, here.pose, here.pose)
+        beside = views_of(other.cameras(), other.depth, other.labels, here.pose, other.pose)
+        views += [beside[int(j)] for j in torch.randperm(len(beside), generator=generator)[:2]]
+        attributes = Attributes(own.delta_mu[i], own.delta_s[i], own.opacity[i], own.semantic[i])
+        gaussians = attributes.gaussians(config.grid, config.reach)
+        loss = loss + supervise(gaussians, drawn(views, generator), LossSettings(entropy=0.05)) / 8
+        at = here.depth.reshape(-1, *config.size)[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].flatten()
+        bins = logits[i].permute(0, 2, 3, 1).flatten(0, 2)
+        loss = loss + DEPTH_WEIGHT * lift_depth_loss(bins, at, config.start, config.step)
+    return loss
+
+
+@torch.no_grad()
+def thresholds(model: OccupancyNet, config: OccupancyConfig, rig: Rig) -> dict[float, float]:
+    """RayIoU of each threshold τ, on the scenes that choose it."""
+    rows = [(model(stacked([frame(random_scene(s), 0.0, rig)]))[0], occupancy(random_scene(s), config.grid)) for s in CHOOSE]
     scores = {}
-    with torch.no_grad():
-        rows = [(model(stacked([frame(random_scene(s), 0.0, rig)]))[0], occupancy(random_scene(s), config.grid)) for s in CHOOSE]
     for threshold in [round(0.1 * k, 1) for k in range(1, 10)]:
         metric = RayIoU(config.grid, FREE)
         for own_rows, truth in rows:
@@ -102,22 +80,45 @@ def main() -> int:
             metric.add(labels, truth, torch.tensor([[0.0, 0.0, 1.6]]), lidar_rays(180))
         scores[threshold] = metric.scores()["rayiou"]
         print(f"τ = {threshold}: RayIoU {scores[threshold]:.4f}", flush=True)
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT)
+    a = parser.parse_args()
+    torch.manual_seed(a.seed)
+    torch.set_num_threads(1)
+    config = OccupancyConfig()
+    model = OccupancyNet(config)
+    with torch.no_grad():
+        model.head.opacity.conv.bias.fill_(-1.0)
+    rig = Rig(size=config.size)
+
+    def loss_of(step: int) -> torch.Tensor:
+        return batch_loss(model, config, rig, torch.Generator().manual_seed(a.seed * 1_000_003 + step))
+
+    run = train("tiny-gsrender", model, loss_of, steps=a.steps, peak=a.lr, warmup=50, weight_decay=0.01, clip=5.0, checkpoint_every=500)
+    scores = thresholds(model.eval(), config, rig)
     best = max(scores, key=lambda k: scores[k])
     a.out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, a.out / "model.safetensors")
     settings = {**config.to_dict(), "threshold": best}
     (a.out / "config.json").write_text(json.dumps({"architecture": "gsrender", "config": settings}, indent=1) + "\n")
     record = {
-        "command": f"python tools/zoo/train_gsrender_tiny.py --minutes {a.minutes:g} --wall {a.wall:g} --seed {a.seed}",
-        "steps": done,
-        "processor_seconds": round(seconds),
-        "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),
+        "command": command_line(),
+        "seed": a.seed,
+        "steps": a.steps,
+        "threads": 1,
+        **run,
         "rayiou_of_thresholds": {str(k): round(v, 4) for k, v in scores.items()},
-        "torch": torch.__version__,
+        "versions": versions("torch"),
     }
-    (a.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    write_json(a.out / "record.json", record)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
