@@ -1,7 +1,7 @@
 """One adapter for vision-language models of transformers: a vision tower, a connector, a language model.
 
-Blocks are those of the tower (as far as the connector reads them), the connector, and those of the language model.  They are fed by running the model
-from the start ("rerun"): the first block of the language model does not read what the tower's last one puts out, so the cheaper way is not open.
+Blocks are those of the tower (as far as the connector reads them), the connector, and those of the language model.  They are fed by passes
+of the model itself ("rerun"): the first block of the language model does not read what the tower's last one puts out.
 The convolution that embeds patches and the output head stay float.
 """
 

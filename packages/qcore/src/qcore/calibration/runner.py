@@ -2,7 +2,8 @@
 
 Two ways to feed a block.  "previous": its first argument is what the block before put out; the other arguments (masks, rotary tables) are recorded
 once, by running the model with every block replaced by a relay that only passes its input on.  So the weights of no block but the one at hand are
-needed, and a model larger than memory can be calibrated.  "rerun": the model is run from the start and stopped behind the block.
+needed, and a model larger than memory can be calibrated.  "rerun": the model is run from the start and stopped behind the block, or, where
+that is proven to be the same, before it, once, and the block is run alone from then on (`entries.py`).
 
 Inside a block, a stage is one pass that stops as soon as its sites have been seen; modules whose weights are already solved are run once and their
 outputs kept, so that going stage by stage costs little more than one forward pass.
@@ -10,45 +11,23 @@ outputs kept, so that going stage by stage costs little more than one forward pa
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qcore.calibration.coverage import Rows
+from qcore.calibration.entries import BlockInput, Entries, StopForward, versions
 from qcore.calibration.observer import Observer, Seen
 from qcore.errors import CalibrationError, at
 from qcore.model.adapter import Batch, ModelAdapter
 from qcore.model.layers import layout
-from qcore.model.tap import RunContext, Tap, attach, detach, run_context, running
+from qcore.model.tap import Tap, attach, detach, run_context, running
 from qcore.model.topology import Block, Site, within
 from qcore.modules.online import Online
 from qcore.processes import Alone, Processes
 
 Progress = Callable[[str, int, int], None]
-
-
-class _StopForward(Exception):
-    """Ends a forward pass whose rest nobody needs."""
-
-
-@dataclass
-class BlockInput:
-    """What one batch brings to a block: its arguments, and the run context of the whole pass."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: RunContext
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
-
-    def with_hidden(self, hidden: Tensor) -> "BlockInput":
-        if self.args:
-            return BlockInput((hidden, *self.args[1:]), self.kwargs, self.context)
-        return BlockInput((), {**self.kwargs, "hidden_states": hidden}, self.context)
 
 
 class _Relay(nn.Module):
@@ -121,6 +100,8 @@ class BlockFeed:
         self.affinity, self.processes = affinity, processes or Alone()
         self.rerun = feeds == {"rerun"}
         self._contexts = [adapter.context(b) for b in batches]
+        # a model that is one block is run whole in any case
+        self.entries = Entries(model, [b.module for b in blocks], self._rerun, len(batches)) if self.rerun and len(blocks) > 1 else None
         self._hidden: Sequence[Tensor] = []
         self._arguments: list[list[BlockInput]] = []  # [block][batch], hidden states left out of all but the first
         self.as_tuple = False  # whether blocks return their hidden states as the first of several
@@ -144,7 +125,7 @@ class BlockFeed:
             with running(context), ExitStack() as stack:
                 hook = relays[0].register_forward_hook(_stop)
                 stack.callback(hook.remove)
-                with suppress(_StopForward):
+                with suppress(StopForward):
                     self.adapter.outputs(self.model, self.batches[0])
             seen = relays[0].seen
         if seen is None:
@@ -158,7 +139,7 @@ class BlockFeed:
             for batch, context in zip(self.batches, self._contexts, strict=True):
                 with running(context), ExitStack() as stack:
                     stack.callback(relays[-1].register_forward_hook(_stop).remove)
-                    with suppress(_StopForward):
+                    with suppress(StopForward):
                         self.adapter.outputs(self.model, batch)
                 for i, relay in enumerate(relays):
                     if relay.seen is None:
@@ -190,16 +171,15 @@ class BlockFeed:
     @torch.no_grad()
     def run(self, index: int, batch: int, module: nn.Module) -> Any:
         """Run block `index` on one batch; returns its output, or None where the whole model was rerun."""
-        cast = torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else torch.autocast("cpu", enabled=False)
-        with running(self._contexts[batch]), cast:
-            if self.rerun:
-                with ExitStack() as stack:
-                    stack.callback(module.register_forward_hook(_stop).remove)
-                    with suppress(_StopForward):
-                        self.adapter.outputs(self.model, self.batches[batch])
-                return None
-            call = self._arguments[index][batch].with_hidden(self._hidden[batch])
-            return module(*call.args, **call.kwargs)
+        with self.cast():
+            call = self._call(index, batch)
+            if call is not None:
+                return call.call(module)
+            with ExitStack() as stack:
+                stack.callback(module.register_forward_hook(_stop).remove)
+                with suppress(StopForward):
+                    self._rerun(batch)
+            return None
 
     def forward(self, index: int, batch: int, module: nn.Module, hidden: Tensor | None = None) -> Tensor:
         """What block `index` puts out for one batch, with gradients where they are enabled.
@@ -210,18 +190,32 @@ class BlockFeed:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             seen.append(output)
-            raise _StopForward
+            raise StopForward
 
-        cast = torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else torch.autocast("cpu", enabled=False)
-        with running(self._contexts[batch]), cast, ExitStack() as stack:
+        with self.cast(), ExitStack() as stack:
+            call = self._call(index, batch)
             stack.callback(module.register_forward_hook(keep).remove)
-            with suppress(_StopForward):
-                if self.rerun:
-                    self.adapter.outputs(self.model, self.batches[batch])
+            with suppress(StopForward):
+                if call is None:
+                    self._rerun(batch)
                 else:
-                    call = self._arguments[index][batch].with_hidden(self._hidden[batch] if hidden is None else hidden)
-                    module(*call.args, **call.kwargs)
+                    (call if hidden is None else call.with_hidden(hidden)).call(module)
         return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    def _call(self, index: int, batch: int) -> BlockInput | None:
+        """What block `index` is called with; None where only a pass of the whole model runs it."""
+        if not self.rerun:
+            return self._arguments[index][batch].with_hidden(self._hidden[batch])
+        return None if self.entries is None else self.entries.of(index, batch)
+
+    def _rerun(self, batch: int) -> None:
+        """A pass of the whole model."""
+        with running(self._contexts[batch]), self.cast():
+            self.adapter.outputs(self.model, self.batches[batch])
+
+    def cast(self) -> torch.autocast:
+        """The precision of matrix products while calibrating."""
+        return torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else torch.autocast("cpu", enabled=False)
 
     def hidden(self) -> Sequence[Tensor]:
         """What the block at hand reads, one tensor a batch; nothing where the model is rerun."""
@@ -239,7 +233,7 @@ class BlockFeed:
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
-    raise _StopForward
+    raise StopForward
 
 
 class _Watch(Tap):
@@ -300,6 +294,9 @@ class BlockRunner:
         self._inputs: dict[tuple[str, int], tuple[Tensor, int]] = {}  # what leaves that end a module were seen to read, and its version
         self._kind = (type(module), tuple(s.module.removeprefix(self.block.module) for s in self.sites))
         self._revisits = False  # a site is seen more than once in a pass: passes run to their end
+        if feed.entries is not None:
+            with feed.cast():
+                feed.entries.enter(index)
 
     # observing -------------------------------------------------------------------------------------------------------------------------
 
@@ -371,7 +368,7 @@ class BlockRunner:
                 self._note_input(site.module, batch, x)
             waiting.discard(site)
             if not waiting and not self._revisits:
-                raise _StopForward
+                raise StopForward
 
         with ExitStack() as stack:
             self._stand_in(batch, stack)
@@ -379,7 +376,7 @@ class BlockRunner:
                 stack.callback(self._watch(site, see))
             if probe and self._kind not in self.feed.tails and not self.feed.rerun:
                 self._find_tails(stack)
-            with suppress(_StopForward):
+            with suppress(StopForward):
                 self.feed.run(self.index, batch, self.module)
         if probe:
             self._revisits = bool(revisited)
@@ -461,7 +458,7 @@ class BlockRunner:
         for path in self._final:
             kept = self._kept.get((path, batch))
             original = self.feed.model.get_submodule(path)
-            if kept is not None and kept[1] == _versions(kept[0]):
+            if kept is not None and kept[1] == versions(kept[0]):
                 self.feed.model.set_submodule(path, _Replay(kept[0]))
                 stack.callback(self.feed.model.set_submodule, path, original)
             else:
@@ -480,7 +477,7 @@ class BlockRunner:
                     size = _nbytes(output)
                     if self._kept_bytes + size <= self.keep:
                         # a model that later writes into this output raises its version, and it is not used again
-                        self._kept[(path, batch)] = (output, _versions(output))
+                        self._kept[(path, batch)] = (output, versions(output))
                         self._kept_bytes += size
 
                 stack.callback(original.register_forward_hook(keep).remove)
@@ -528,12 +525,6 @@ def _nbytes(output: Any) -> int:
     if isinstance(output, tuple | list):
         return sum(_nbytes(o) for o in output)
     return 0
-
-
-def _versions(output: Any) -> list[int]:
-    if isinstance(output, Tensor):
-        return [output._version]
-    return [v for o in output for v in _versions(o)] if isinstance(output, tuple | list) else []
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Block:
     """Modules that are solved together; blocks run in order, each on the outputs of the quantized ones before it.
 
     stages: sites of parameters, in the order in which they see their inputs; a stage is one observation pass
-    feed:   "previous": the block's first argument is the block before's output; "rerun": the model is run up to here again
+    feed:   "previous": the block's first argument is the block before's output; "rerun": passes of the model itself say what it reads
     """
 
     module: str
