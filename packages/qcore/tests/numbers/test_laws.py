@@ -258,6 +258,22 @@ def test_blocks_of_zeros_stay_zeros_in_every_format(spec):
         assert (q.dequantize()[:, :10] == 0).all()
 
 
+SHARED = [
+    s
+    for s in every_spec()
+    if isinstance(s.scale, QuantSpec) and s.scale.scaled and not s.format.parts and s.granularity in (PerChannel(0), PerToken(), PerGroup(10))
+]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-8])
+@pytest.mark.parametrize("spec", SHARED, ids=str)
+def test_a_row_of_zeros_takes_nothing_from_rows_that_share_its_upper_scale(spec, size):
+    x = tensor_of((4, 40), "normal", 0) * size
+    empty = torch.cat([x[:2], torch.zeros(1, 40), x[2:]])
+    alone, beside = quantize(x, spec).dequantize(), quantize(empty, spec).dequantize()
+    assert torch.equal(beside[[0, 1, 3, 4]], alone) and not beside[2].any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spec", [s for s in every_spec() if s.granularity == PerToken() and s.scale == "float32"][::5], ids=str)
 def test_what_is_no_number_is_refused_with_its_place(spec, bad):

@@ -117,7 +117,8 @@ def scale_parts(low: Tensor, high: Tensor, spec: QuantSpec) -> dict[str, Tensor]
     """The stored scale and offset that cover [low, high] of each block without clipping.  low, high: [g0, g1, …]; zero lies between them.
 
     Without an offset the scale is the smallest that lets both ends fit: max(low / lo, high / hi).  On int4, (-3.5, 10.2) gives 10.2 / 7 = 1.457;
-    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE.
+    with a zero point (10.2 + 3.5) / 15 = 0.913.  All-zero blocks get scale 1 where the format has a zero, else 0; also 0 with offset VALUE, and
+    where scales have a scale of their own.
     """
     ideal = ideal_scale(low, high, spec)
     parts = store_scale(ideal, spec)
@@ -143,7 +144,9 @@ def ideal_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
         ideal = ((high.double() - low.double()) / (fmt.hi - fmt.lo)).float()
     empty = (high - low) <= 0
     key: Any = fmt  # frozen dataclasses are hashable, which the protocol cannot say
-    return torch.where(empty, 1.0 if _has_zero(key) and spec.offset is not Offset.VALUE else 0.0, ideal)
+    # beside a 1, scales of small values would vanish under the scale that they share
+    shared = isinstance(spec.scale, QuantSpec) and spec.scale.scaled
+    return torch.where(empty, 1.0 if _has_zero(key) and spec.offset is not Offset.VALUE and not shared else 0.0, ideal)
 
 
 def offset_part(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

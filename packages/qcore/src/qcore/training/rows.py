@@ -3,10 +3,8 @@
 A product C = P Qᵀ sums over the last axis of both, so that is the axis along which groups run: a tensor that takes part in several products of a
 training step is coded anew for each, along its own axis there.  Rows are padded with zeros to whole groups; no group reaches into the next row.
 
-`code_rows(x, spec).values()` equals `qcore.numbers.fake_quantize(x, spec)` bit for bit where the rows need no padding, in a fifth of the time, with
-one
-exception: an all-zero group takes the lowest scale there is, not 1.  Under a scale that the tensor shares (an exponent bias for a gradient) a 1
-would be the largest block's scale, and everything else would underflow.
+`code_rows(x, spec).values()` equals `qcore.numbers.fake_quantize(x, spec)` bit for bit where the rows need no padding, in a fifth of the time.
+An all-zero group takes the lowest scale there is, here without a scale that the tensor shares too.
 
 Left out: formats with uneven numbers (no integers), offsets (a sum over groups would need sums of codes as well).
 """
