@@ -99,6 +99,10 @@ def test_a_file_with_other_bytes(good, tmp_path, data):
         (header(ARCHITECTURE, tensors=struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 2**60, 0, 0), count=1), "ends at byte"),
         (header(ARCHITECTURE, tensors=struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 2**63), count=1), "ends at byte"),
         (header(ARCHITECTURE, tensors=struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 77, 0), count=1), "ggml type 77"),
+        (
+            header(ARCHITECTURE, tensors=struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 0, 8, 8, 0), count=1),
+            r"shape \(8, 0\), which holds nothing",
+        ),
         (header(("k", 42, b"")), "metadata of unknown type 42"),
     ],
 )

@@ -119,6 +119,8 @@ class GGUFFile:
         except ValueError as e:
             raise CheckpointError(f"{self.path}: {name} is of ggml type {kind}, which the installed gguf package does not know; update it") from e
         block, size = GGML_QUANT_SIZES[ggml]
+        if 0 in shape:
+            raise CheckpointError(f"{self.path}: {name} has shape {shape}, which holds nothing; the file is corrupt")
         if not shape or shape[-1] % block:
             raise CheckpointError(
                 f"{self.path}: {name} has shape {shape}, rows must be a multiple of {ggml.name}'s block of {block}; the file is corrupt"
