@@ -16,7 +16,7 @@ from qcore.model.reader import DictReader
 from qcore.model.topology import Site
 from qcore.numbers import int_weight
 from qcore.pipeline import quantize_model
-from qcore.pipeline.allocation import with_kept_allocation
+from qcore.pipeline.allocation import KeptAllocation, with_kept_allocation
 from qcore.plugins.registry import Registry
 from qcore.recipe import Recipe, Rule
 from qcore.solvers import RTN, Allocator, Choice, Look
@@ -111,6 +111,23 @@ def test_what_a_recipe_cannot_say_is_not_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {})
     run(journal, Chooses())
     assert journal.step("allocation") is None and ASKED["odd"] == 1
+
+
+def test_a_choice_for_a_site_that_was_not_asked_about_is_not_kept(tmp_path: Path) -> None:
+    asked, tapped = Site("attention.q"), Site("attention", "k")
+
+    @dataclass(frozen=True)
+    class Wide(Counting):
+        def allocate(self, sites: Sequence[Site], look: Look) -> Mapping[Site, Choice]:
+            return {site: Choice(int_weight(4, 16), RTN()) for site in (*sites, *(s.input for s in sites), *extra)}
+
+    for extra in ((tapped,), ()):
+        journal = Journal(tmp_path / str(len(extra)), {})
+        kept = KeptAllocation(Wide(bits=5, metric="mse"), journal, Registry(""))
+        look: Look = None  # type: ignore[assignment]  # nobody looks
+        assert kept.allocate([asked], look).keys() == {asked, asked.input, *extra}
+        assert (journal.step("allocation") is None) == bool(extra)
+        assert kept.allocate([asked], look).keys() == {asked, asked.input, *extra}
 
 
 def test_choices_for_another_model_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class KeptAllocation(Allocator):
     """`inner`, asked once in the life of a journal.
 
     Choices are kept as rules of a recipe, one for each site: what a recipe file cannot say (a solver that is built in Python of objects without a
-    name) is not kept, and is found anew.
+    name) is not kept, and is found anew; so is what chooses for other sites than those that were asked about.
     """
 
     inner: Allocator
@@ -56,6 +56,8 @@ class KeptAllocation(Allocator):
         if kept is not None:
             return self._read(kept[1], sites)
         choices = self.inner.allocate(sites, look)
+        if not choices.keys() <= set(_known(sites).values()):
+            return choices
         rules = tuple(Rule(str(site), c.spec, c.solver, scale="spec") for site, c in choices.items())
         try:
             text = dump(Recipe(name=STEP, rules=rules, solver=RTN()))
@@ -65,7 +67,7 @@ class KeptAllocation(Allocator):
         return choices
 
     def _read(self, data: Mapping[str, Any], sites: Sequence[Site]) -> Mapping[Site, Choice]:
-        known = {str(s): s for site in sites for s in (site, site.input)}
+        known = _known(sites)
         choices = {}
         for rule, why in zip(parse_recipe(data["rules"], self.registry, STEP).rules, data["why"], strict=True):
             if rule.sites not in known:
@@ -73,3 +75,8 @@ class KeptAllocation(Allocator):
             assert rule.spec is not None and rule.solver is not None
             choices[known[rule.sites]] = Choice(rule.spec, rule.solver, why)
         return choices
+
+
+def _known(sites: Sequence[Site]) -> dict[str, Site]:
+    """The weights that an allocator is asked about and their inputs, by name."""
+    return {str(s): s for site in sites for s in (site, site.input)}
