@@ -75,19 +75,30 @@ class ModelSource(Protocol):
 
 
 def load_source(uri: str, sources: Mapping[str, type[Any]]) -> LoadedModel:
-    """Ask every source in turn; NotFound lists what each would have taken."""
+    """Ask every source in turn; NotFound lists what each would have taken, and which of them broke when they were asked."""
+    broken = []
     for cls in sorted(sources.values(), key=lambda c: -getattr(c, "priority", 0)):
         source = cls()
-        if source.matches(uri):
+        try:
+            matches = source.matches(uri)
+        except Exception as e:  # whatever a plug-in does there: others may know the address
+            broken.append(f"  source {cls.name!r} broke when it was asked ({type(e).__name__}: {e}); `qcore plugins doctor` says whose it is")
+            continue
+        if matches:
             return source.load(uri)
-    if Path(uri).exists():
-        hint = "it exists, but no installed source can read it; for transformers folders and GGUF files: pip install qplug-llm"
+    path = Path(uri)
+    if path.is_file() or path.is_dir():
+        llm = "" if "transformers" in sources else "; for transformers folders and GGUF files: pip install qplug-llm"
+        hint = f"it exists, but no installed source can read it{llm}"
+    elif path.exists():
+        hint = "it is neither a file nor a folder"
     elif ":" in uri:
-        hint = f"no installed source knows the prefix {uri.split(':')[0]!r}; for zoo: models: pip install qzoo"
+        zoo = "" if "zoo" in sources else "; for zoo: models: pip install qzoo"
+        hint = f"no installed source knows the prefix {uri.split(':')[0]!r}{zoo}"
     else:
         hint = "no such file or folder"
     takes = "\n".join(f"  {cls.help}" for cls in sources.values()) or "  (no source is installed)"
-    raise NotFound(f"cannot load model {uri!r}: {hint}\nwhat can be loaded:\n{takes}")
+    raise NotFound("\n".join([f"cannot load model {uri!r}: {hint}", *broken, "what can be loaded:", takes]))
 
 
 class _NoInit(TorchFunctionMode):
