@@ -3,6 +3,12 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# every run draws the same examples; QCORE_FUZZ_EXAMPLES=1000 draws others, as many (tools/bench/fuzz.py)
+if "QCORE_FUZZ_EXAMPLES" not in os.environ:
+    settings.register_profile("repeatable", derandomize=True, database=None)
+    settings.load_profile("repeatable")
 
 # a proof in a process of its own costs a start of Python and torch each time; test_fresh_proof.py and integration_tests/ ask for it
 os.environ.setdefault("QCORE_FRESH_PROOF", "0")

@@ -63,3 +63,6 @@ def test_missing_shards_are_counted_and_the_first_is_named(tmp_path: Path):
     (tmp_path / "model-1.safetensors").touch()
     with pytest.raises(NotFound, match=r"index\.json: 2 of 3 files that it names are missing, first model-2\.safetensors; fetch them"):
         shard_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(NotFound, match="1 of 1 files that it names are missing, first xxx"):
+        shard_files(tmp_path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -117,7 +118,7 @@ def shard_files(path: Path) -> list[Path]:
             raise CheckpointError(f"{index} is not a safetensors index ({e}); fetch it again") from e
         if outside:
             raise CheckpointError(f"{index} names a shard outside its folder: {outside[0]!r}; refused")
-        if absent := [n for n in sorted(names) if not (path / n).is_file()]:
+        if absent := [n for n in sorted(names) if not os.path.isfile(path / n)]:  # also where a name is too long
             raise NotFound(f"{index}: {len(absent)} of {len(names)} files that it names are missing, first {absent[0]}; fetch them")
         return [path / n for n in sorted(names)]
     if files := sorted(path.glob("*.safetensors")):
