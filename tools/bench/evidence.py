@@ -6,8 +6,8 @@
 
 A cell is keyed by the code that made its numbers, the recipe with its overrides, the model, the data and the seed; one made by other code
 is missing.  The code of a cell is the files of the rooms that make numbers which its own process had loaded, and it names them: a new solver
-in a file of its own leaves the cells of the others as they are, and so do words that decide nothing (decisive.py).  Every cell runs in a process
-of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the load average beside them says whether the machine was quiet.
+in a file of its own leaves the cells of the others as they are, and so do words that decide nothing (decisive.py) and edits that were shown to
+change no number (witness.py).  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the load average beside them says whether the machine was quiet.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decisive import decisive
+from decisive import standing
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ROOT / "docs" / "evidence" / "cells"
@@ -93,7 +93,7 @@ def code_hash(files: list[str]) -> str:
     h = hashlib.sha256()
     for name in files:
         file = ROOT / name
-        h.update(name.encode() + (decisive(file) if file.exists() else b""))
+        h.update(f"{name} {standing(file) if file.exists() else 'gone'}\n".encode())
     return h.hexdigest()[:12]
 
 
