@@ -192,6 +192,11 @@ def test_every_violation_comes_at_once_with_place_and_next_step() -> None:
         made.require()
 
 
+def test_a_recipe_of_fine_tuning_names_the_command_that_runs_it() -> None:
+    made = plan(recipe(Rule("*:weight", int_weight(4, 32)), Rule("*:grad", int_weight(8, 32))))
+    assert made.problems == ("the rule '*:grad' is about gradients, which only fine-tuning has: `qcore tune` runs this recipe",)
+
+
 def test_a_transform_that_looks_needs_data_too() -> None:
     assert plan(recipe(transforms=(Easing(),)), has_data=False).problems[0].startswith("recipe 'r' looks at calibration data")
     assert plan(recipe(transforms=(Easing(),)), has_data=True).needs_data

@@ -44,6 +44,9 @@ def check_rules(case: Case) -> None:
     for rule in case.recipe.unmatched([*case.all_sites, *split]):
         if rule.window is not None and not any(s.cached for s in case.topology.activations):
             continue  # the check of the cache says more
+        if rule.sites.endswith(":grad"):
+            case.problems.append(f"the rule {rule.sites!r} is about gradients, which only fine-tuning has: `qcore tune` runs this recipe")
+            continue
         near = get_close_matches(rule.sites, names, n=2, cutoff=0.5) or list(dict.fromkeys(names))[:2]
         case.problems.append(
             f"the pattern {rule.sites!r} matches none of the {len(names)} sites of {case.loaded.name}; sites look like {' and '.join(near)} "
