@@ -51,7 +51,7 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...], str]] = {
         ('allocator.softmax="uniform"', "allocator.gelu=[]", "allocator.text=[]", 'allocator.metric="mse"'),
         "without all four: ranges and scales of least error alone",
     ),
-    "band": ("ptq4ris", ('allocator.rule="band"',), "RORQ with the paper's rule of bands"),
+    "nearest": ("ptq4ris", ('allocator.rule="nearest"',), "RORQ with the nearest number of any band"),
 }
 
 

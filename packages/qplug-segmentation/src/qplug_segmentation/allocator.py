@@ -60,7 +60,7 @@ class PTQ4RIS(Allocator):
     deviations: float = 3.0
     bands: int = MOST_BANDS
     share: float = 0.0
-    rule: Literal["nearest", "band"] = "nearest"
+    rule: Literal["nearest", "band"] = "band"
     metric: Literal["hessian", "mse"] = "hessian"
     loss: Loss = "argmax"
     rows: Literal["group", "channel"] = "group"

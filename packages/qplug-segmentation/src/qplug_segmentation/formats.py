@@ -3,7 +3,8 @@
 Their numbers are absolute: what calibration found (a step, a split, thresholds) are *fields*, so a spec without a scale (granularity "unscaled") says
 all, a checkpoint stores it as plain data, and any tap or leaf that quantizes its input runs it.
 
-Source: PTQ4RIS, https://arxiv.org/abs/2409.17020.  Every format rounds to the nearest of its numbers.  The released code does not, twice:
+Source: PTQ4RIS, https://arxiv.org/abs/2409.17020.  Every format rounds to the nearest of its numbers, but for bands read by the paper's rule.
+The released code departs from that twice more:
 
 - Its dual-region forward *adds* the two clamped quantizations; what lies in the upper region carries an extra split point, the search flees to tiny
   splits, and the error is about ten times that of one region at a time.
@@ -160,7 +161,7 @@ class MagnitudeBands(NumberFormat):
 
     width: bits of k
     rule:  "nearest": the nearest number of any band, which the band is stored for anyway; "band": that of the value's own band, as the paper has it,
-           which is not monotone at a threshold (a value just above it may be rounded to one of a coarse grid that lies below)
+           which is not monotone at a threshold (a value just above it may be rounded to one of a coarse grid that lies below); recipes take it
 
     What is larger than all that calibration saw belongs to the last band, the widest.  The release gives it to band 0, that of the smallest values.
     """
