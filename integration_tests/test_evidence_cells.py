@@ -84,3 +84,32 @@ def test_words_decide_no_number_and_code_does(tmp_path: Path, monkeypatch: pytes
     recipe = of("r.toml", 'description = "one"\nsteps = 50\n')
     assert of("r.toml", '# why\ndescription = "two"\nsteps = 50  # so many\n') == recipe != of("r.toml", "steps = 51\n")
     assert of("data.json", "{}") == b"{}"
+
+
+def test_an_edit_that_was_shown_to_change_nothing_leaves_the_key_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import decisive
+
+    file, same = tmp_path / "a.py", tmp_path / "same.json"
+    monkeypatch.setattr(decisive, "SAME", same)
+    hashes = []
+    for text in ("x = 1", "x = 2 - 1", "x = 3 - 2", "x = 4"):
+        file.write_text(text)
+        hashes.append(decisive.standing(file))
+    assert len(set(hashes)) == 4
+    edits = [{"files": {"a.py": [hashes[0], hashes[1]]}}, {"files": {"a.py": [hashes[0], hashes[2]]}}]
+    same.write_text(json.dumps(edits))
+    for text, stands in (("x = 1", 0), ("x = 2 - 1", 0), ("x = 3 - 2", 0), ("x = 4", 3)):
+        file.write_text(text)
+        assert decisive.standing(file) == hashes[stands]
+
+
+def test_a_witness_with_another_number_stops_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from witness import differences
+
+    cell = {"scores": {"kl": 0.5, "each": [1, 2]}, "seconds": 3.0, "code": "a", "memory": {"peak_bytes": 4}}
+    assert not differences(cell, cell | {"seconds": 4.0, "code": "b", "memory": {}})
+    assert differences(cell, cell | {"scores": {"kl": 0.5000000001, "each": [1, 2]}}) == ["/scores/kl: 0.5 before, 0.5000000001 now"]
+    assert differences(cell, cell | {"scores": {"kl": 0.5, "each": [1]}}) == ["/scores/each/1: 2 before, nothing now"]
+    assert differences(cell, cell | {"note": None}) == ["/note: nothing before, None now"]

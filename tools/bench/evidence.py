@@ -7,7 +7,8 @@
 A cell is keyed by the code that made its numbers, the recipe with its overrides, the model, the data and the seed; one made by other code
 is missing.  The code of a cell is the files of the rooms that make numbers which its own process had loaded, and it names them: a new solver
 in a file of its own leaves the cells of the others as they are, and so do words that decide nothing (decisive.py) and edits that were shown to
-change no number (witness.py).  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the load average beside them says whether the machine was quiet.
+change no number (witness.py).  Every cell runs in a process of its own, so its peak memory is its own.  Seconds are of `quantize_model` alone; the
+load average beside them says whether the machine was quiet.
 """
 
 import argparse

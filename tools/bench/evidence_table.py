@@ -222,6 +222,8 @@ def write(cells: Path) -> None:
         "Made by `make evidence` (tools/bench/evidence.py): every figure is a cell under `cells/`, with its recipe, overrides, seed, data and",
         "code version. Each model is quantized, saved, loaded again from disk, and compared with the float model token by token. The load",
         "average beside the seconds says whether the machine was quiet: above 1, other work ran beside and the seconds are no timing.",
+        "A cell made by other code is missing, but for words, and for edits of which cells measured anew show that they change no number",
+        "(`tools/bench/witness.py`; [same.json](same.json) names edits and witnesses).",
         "",
         "More: [encoders](encoders.md), "
         "[state-space models](ssm.md), [mixtures of experts](moe.md), [fine-tuning](gsq.md), [convolutional networks](cnn.md), "

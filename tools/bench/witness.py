@@ -1,11 +1,11 @@
 """Show that an edit of the core changes no number, so that hundreds of cells need not be measured again.
 
-    python tools/bench/evidence_moe.py --only tiny-moe/w3-awq     measure some cells anew, of every matrix that the edit could touch
-    python tools/bench/witness.py --since COMMIT --why TEXT       compare them with what was measured before, and say so in docs/evidence/same.json
+    python tools/bench/evidence_moe.py --only tiny-moe/w3-awq-seed0         measure some cells anew, of every matrix that the edit could touch
+    python tools/bench/witness.py --since COMMIT --why TEXT cells/tiny-moe/w3-awq-seed0 …   compare them with what was measured before
 
-The witnesses are the cells that differ from those of the last commit of theirs: all that was measured in them must be the same to the last digit, and
-every file that was edited since COMMIT and decides numbers must have been loaded by one of them.  Then the edited files stand for the ones before
-them (decisive.py), and the witnesses are put back, with their seconds of a quiet machine.  One number that differs, and nothing is written.
+What was measured in these witnesses must be the same to the last digit as in the last commit, and every file that was edited since COMMIT and that
+some cell names must have been loaded by one of them.  Then docs/evidence/same.json says so, the edited files stand for those before them, as
+decisive.py reads it, and the witnesses are put back, with their seconds of a quiet machine.  One number that differs, and nothing is written.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from decisive import SAME, own_hash, standing, standing_of
 from decisive import _before as known
 from evidence import ROOT
 
+CODE = ("*.py", "*.toml")
 # what two runs of the same code do not share
 OF_THE_RUN = {"code", "files", "seconds", "phases", "memory", "load_average", "cpu_seconds", "peak_bytes"}
 
@@ -40,9 +41,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def differences(before: Any, after: Any) -> list[str]:
     """What is not the same in two measurements of a cell."""
     a, b = dict(leaves(before)), dict(leaves(after))
-    return [
-        f"{path}: {a.get(path, 'nothing')} before, {b.get(path, 'nothing')} now" for path in sorted(a.keys() | b.keys()) if a.get(path) != b.get(path)
-    ]
+    changed = [path for path in sorted(a.keys() | b.keys()) if path not in a or path not in b or a[path] != b[path]]
+    return [f"{path}: {a.get(path, 'nothing')} before, {b.get(path, 'nothing')} now" for path in changed]
 
 
 def git(*argv: str) -> str:
@@ -51,51 +51,56 @@ def git(*argv: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("witnesses", nargs="+", metavar="CELL", help="below docs/evidence, without .json")
     parser.add_argument("--since", required=True, metavar="COMMIT", help="the last one before the edit")
     parser.add_argument("--why", required=True, metavar="TEXT", help="what was edited, and why it should change no number")
     a = parser.parse_args()
     since = git("rev-parse", a.since).strip()
-    names = [n for n in git("diff", "--name-only", "HEAD", "--", "docs/evidence/cells").split() if n.endswith(".json")]
-    witnesses: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name in names:
+    before = known(SAME.read_bytes() if SAME.exists() else b"[]")
+    witnesses: dict[str, str] = {}
+    loaded: set[str] = set()
+    other = 0
+    for cell in a.witnesses:
+        name = f"docs/evidence/{cell}.json"
         old, new = git("show", f"HEAD:{name}"), json.loads((ROOT / name).read_text())
+        if json.loads(old)["code"] == new["code"]:
+            print(f"{cell} was not measured anew", file=sys.stderr)
+            other += 1
         if found := differences(json.loads(old), new):
-            print(f"{name} has other numbers: {'; '.join(found[:5])}", file=sys.stderr)
-            return 1
-        witnesses[name] = old, new
-    same = json.loads(SAME.read_text()) if SAME.exists() else []
-    before = known(json.dumps(same).encode())
-    files = {}
-    for name in sorted({f for _, new in witnesses.values() for f in new["files"]}):
+            print(f"{cell} has other numbers: {'; '.join(found[:5])}", file=sys.stderr)
+            other += 1
+        witnesses[name] = old
+        loaded |= set(new["files"])
+    if other:
+        return 1
+    files, unseen = {}, []
+    named = {f for cell in SAME.parent.rglob("*.json") if cell != SAME for f in names_of(cell)}
+    for name in sorted(named & set(git("diff", "--name-only", "--diff-filter=M", since, "--", *CODE).split())):
         file = ROOT / name
-        old_code = subprocess.run(["git", "show", f"{since}:{name}"], cwd=ROOT, capture_output=True, check=False)
-        if old_code.returncode:
-            continue  # a new file: cells from before it do not name it
-        own = standing_of(own_hash(file.suffix, old_code.stdout), before)
-        if own != standing(file):
-            files[name] = [own, own_hash(file.suffix, file.read_bytes())]
-    edited = {n for n in git("diff", "--name-only", since, "--", "packages").split() if (ROOT / n).exists()}
-    loaded = {f for cell in (ROOT / "docs" / "evidence" / "cells").rglob("*.json") for f in json.loads(cell.read_text()).get("files", [])}
-    unseen = sorted(n for n in edited & loaded if n not in files and not _stands(n, since, before))
-    if unseen:
-        print(f"no witness loaded {', '.join(unseen)}: measure a cell that does", file=sys.stderr)
+        own = standing_of(own_hash(file.suffix, git("show", f"{since}:{name}").encode()), before)
+        if own == standing(file):
+            continue
+        files[name] = [own, own_hash(file.suffix, file.read_bytes())]
+        if name not in loaded:
+            unseen.append(name)
+    if unseen or not files:
+        print(
+            f"no witness loaded {', '.join(unseen)}: measure a cell that does" if unseen else "nothing was edited that a cell names", file=sys.stderr
+        )
         return 1
-    if not files:
-        print("no edited file decides a number of a witness: there is nothing to say", file=sys.stderr)
-        return 1
-    entry = {"why": a.why, "since": since[:12], "files": files, "witnesses": sorted(n.removeprefix("docs/evidence/cells/") for n in names)}
+    entry = {"why": a.why, "since": since[:12], "files": files, "witnesses": sorted(a.witnesses)}
+    same = json.loads(SAME.read_text()) if SAME.exists() else []
     SAME.write_text(json.dumps([*same, entry], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, (old, _) in witnesses.items():
+    for name, old in witnesses.items():
         (ROOT / name).write_text(old, encoding="utf-8")
-    print(f"{len(names)} cells have the same numbers; {len(files)} files stand for those before them")
+    print(f"{len(witnesses)} cells have the same numbers; {len(files)} files stand for those before them")
     return 0
 
 
-def _stands(name: str, since: str, before: dict[str, str]) -> bool:
-    """Whether a file counts as it did at a commit."""
-    old = subprocess.run(["git", "show", f"{since}:{name}"], cwd=ROOT, capture_output=True, check=False)
-    file = ROOT / name
-    return bool(old.returncode) or standing_of(own_hash(file.suffix, old.stdout), before) == standing(file)
+def names_of(cell: Path) -> list[str]:
+    """The files of code that a cell names."""
+    kept = json.loads(cell.read_text())
+    return kept.get("files", []) if isinstance(kept, dict) else []
 
 
 if __name__ == "__main__":
