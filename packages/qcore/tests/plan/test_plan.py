@@ -249,6 +249,16 @@ def test_static_scales_that_no_calibration_can_find_are_a_problem() -> None:
     assert any("layers.0.up:input, layers.1.up:input, layers.0:h" in p and "per tensor, per channel (axis 1), group or head" in p for p in problems)
 
 
+def test_tensors_inside_modules_are_counted_by_what_they_become() -> None:
+    class Tapped(TinyAdapter):
+        def topology(self, model: nn.Module) -> Topology:
+            return replace(super().topology(model), activations=(Site("layers.0", "h"), Site("layers.1", "h"), Site("layers.1", "c")))
+
+    rules = (Rule("*:weight", int_weight(8)), Rule("*:[hc]", int_activation()), Rule("layers.1:c", None))
+    made = make_plan(loaded(), recipe(*rules), Tapped(), REGISTRY)
+    assert "inside modules: 2 × h int8 per token dynamic" in made.notes
+
+
 def test_a_policy_for_a_cache_is_refused_where_there_is_none() -> None:
     policy = Rule("*:[kv]", int_activation(4), window=0)
     problems = make_plan(loaded(), recipe(Rule("*:weight", int_weight(8)), policy), TinyAdapter(), REGISTRY).problems

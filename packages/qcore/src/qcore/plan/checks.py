@@ -1,5 +1,6 @@
 """What stands against a run as a whole: its rules, its cache, its tensors, its transforms, its allocator, its experts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from math import prod
@@ -99,6 +100,14 @@ def cache(case: Case) -> dict[str, Any]:
     said = list(dict.fromkeys(each))
     case.notes.append(f"cache of keys and values: {'; '.join(said)}; {before:,} bytes per token become {after:,.0f}")
     return {"policies": said, "bytes_per_token": {"before": before, "after": after}}
+
+
+def inside(case: Case) -> None:
+    """A note of the tensors inside modules that are quantized, but for those that a cache keeps."""
+    specs = {s: case.specs[s] for s in case.topology.activations if s in case.specs and not s.cached}
+    kinds = Counter(f"{s.tensor} {spec}{', static' if spec.when == 'static' else ''}" for s, spec in specs.items())
+    if kinds:
+        case.notes.append("inside modules: " + "; ".join(f"{n} × {kind}" for kind, n in kinds.items()))
 
 
 def check_tensors(case: Case) -> None:

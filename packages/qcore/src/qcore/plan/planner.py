@@ -71,6 +71,7 @@ def _plan(case: Case) -> Plan:
     decisions = tuple(d for site in case.sites if site in case.specs and (d := weights.decide(case, site)) is not None)
     checks.check_rules(case)
     cache = checks.cache(case)
+    checks.inside(case)
     checks.check_tensors(case)
     uses = checks.transforms(case)
     allocator = case.recipe.allocator
