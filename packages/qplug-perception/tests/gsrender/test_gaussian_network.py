@@ -216,7 +216,9 @@ def test_the_whole_path(tiny, samples, tmp_path, capsys):
     out = tmp_path / "out"
     # the recipe's threshold is that of gsrender:tiny, the network's 0.25
     assert main(["quantize", str(folder), *options, "-o", str(out)]) == 2
-    assert "this network's threshold is 0.25" in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr()
+    assert "this network's threshold is 0.25; set threshold = 0.25 in the format" in " ".join(said.err.split())
+    assert "before any computing" in said.err and "block" not in said.err and not out.exists()
     assert main(["quantize", str(folder), *options, "-o", str(out), "--set", "rules.4.format.threshold=0.25"]) == 0
     scores = json.loads((out / "report.json").read_text())["quality"]["scores"]
     assert min(scores[f"{a}_db"] for a in ATTRIBUTES) > 15 and scores["rayiou_reference"] >= 0

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from qcore.errors import NotFound
 from qcore.model.tap import RunContext
-from qcore.model.topology import Topology
+from qcore.model.topology import Site, Topology
+from qcore.numbers import QuantSpec
 
 Batch = Any
 
@@ -38,6 +39,10 @@ class ModelAdapter(Protocol):
     def context(self, batch: Batch) -> RunContext:
         """Padding, modality and order of one batch."""
         return RunContext()
+
+    def problems(self, model: nn.Module, specs: Mapping[Site, QuantSpec]) -> list[str]:
+        """What stands against these specs for reasons that only the model knows, a sentence each: the place, both values, the next step."""
+        return []
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

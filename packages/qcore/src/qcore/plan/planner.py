@@ -64,6 +64,7 @@ def make_plan(
         engine=engine,
         tensor_parallel=tensor_parallel,
     )
+    case.problems += adapter.problems(loaded.model, case.specs)
     return _plan(case)
 
 

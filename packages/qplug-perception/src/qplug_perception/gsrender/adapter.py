@@ -1,9 +1,11 @@
 """The adapter of the occupancy network: 2-D and 3-D convolutions, the lift between them, and the taps of the head."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from qcore.model.adapter import ModelAdapter
 from qcore.model.topology import Site, Topology
+from qcore.numbers import QuantSpec
 from torch import Tensor, nn
 
 from qplug_perception.gsrender.gaussians import ATTRIBUTES
@@ -37,6 +39,13 @@ class GSRenderAdapter(ModelAdapter):
         for attribute in ATTRIBUTES:
             parts.alone(f"head.{attribute}.conv", "an attribute of a Gaussian")
         return parts.topology(tuple(Site(f"head.{a}", "value") for a in ATTRIBUTES))
+
+    def problems(self, model: nn.Module, specs: Mapping[Site, QuantSpec]) -> list[str]:
+        """The regions of the opacity's numbers meet at the network's threshold, or it is none of them."""
+        assert isinstance(model, OccupancyNet)
+        spec = specs.get(Site("head.opacity", "value"))
+        wrong = [] if spec is None else [model.other_threshold(spec.format)]
+        return [why for why in wrong if why]
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Attributes of all voxels of all samples.  [B · X·Y·Z, 7 + classes]"""

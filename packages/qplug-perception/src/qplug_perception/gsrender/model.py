@@ -147,12 +147,16 @@ class OccupancyNet(nn.Module):
         self._require_threshold()
         return self.head(self.features(batch)[0]).rows()
 
+    def other_threshold(self, fmt: object) -> str:
+        """What is wrong with the opacity's numbers, or "": made for another threshold than the network's, τ would not be one of them."""
+        if not isinstance(fmt, TwoRegion) or fmt.threshold == self.config.threshold:
+            return ""
+        return (
+            f"head.opacity:value is stored with its regions meeting at {fmt.threshold:g}, but this network's threshold is "
+            f"{self.config.threshold:g}; set threshold = {self.config.threshold:g} in the format of the recipe's rule for head.opacity:value"
+        )
+
     def _require_threshold(self) -> None:
-        """SpecError where the opacity's grid was made for another threshold than the network's: τ would not be one of its numbers."""
         for handler in self.head.opacity.modules():
-            fmt = getattr(getattr(handler, "spec", None), "format", None)
-            if isinstance(fmt, TwoRegion) and fmt.threshold != self.config.threshold:
-                raise SpecError(
-                    f"head.opacity:value is stored with its regions meeting at {fmt.threshold:g}, but this network's threshold is "
-                    f"{self.config.threshold:g}; set the format's threshold in the recipe's rule for head.opacity:value"
-                )
+            if why := self.other_threshold(getattr(getattr(handler, "spec", None), "format", None)):
+                raise SpecError(why)
