@@ -1,11 +1,12 @@
 """Show that an edit of the core changes no number, so that hundreds of cells need not be measured again.
 
-    python tools/bench/evidence_moe.py --only tiny-moe/w3-awq-seed0         measure some cells anew, of every matrix that the edit could touch
-    python tools/bench/witness.py --since COMMIT --why TEXT cells/tiny-moe/w3-awq-seed0 …   compare them with what was measured before
+    git worktree add ../before COMMIT                                   the code before the edit
+    python tools/bench/evidence_moe.py --only tiny-moe/w3-awq-seed0     measure some cells here and there (PYTHONPATH: its packages), of every matrix
+    python tools/bench/witness.py ../before cells/tiny-moe/w3-awq-seed0 … --files packages/… --why TEXT
 
-What was measured in these witnesses must be the same to the last digit as in the last commit, and every file that was edited since COMMIT and that
-some cell names must have been loaded by one of them.  Then docs/evidence/same.json says so, the edited files stand for those before them, as
-decisive.py reads it, and the witnesses are put back, with their seconds of a quiet machine.  One number that differs, and nothing is written.
+What was measured in these witnesses must be the same to the last digit with either code, on one machine, and each of the edited files must have been
+loaded by one of them.  Then docs/evidence/same.json says so, the edited files stand for those before them, as decisive.py reads it, and the witnesses
+here are put back, with their seconds of a quiet machine.  One number that differs, and nothing is written.
 """
 
 import argparse
@@ -18,11 +19,23 @@ from typing import Any
 
 from decisive import SAME, own_hash, standing, standing_of
 from decisive import _before as known
-from evidence import ROOT
+from evidence import ROOT, code_hash
 
-CODE = ("*.py", "*.toml")
 # what two runs of the same code do not share
-OF_THE_RUN = {"code", "files", "seconds", "phases", "memory", "load_average", "cpu_seconds", "peak_bytes"}
+OF_THE_RUN = {
+    "code",
+    "files",
+    "seconds",
+    "phases",
+    "memory",
+    "load_average",
+    "load1",
+    "load1_end",
+    "cpu_seconds",
+    "peak_bytes",
+    "peak_rss_mib",
+    "rss_before_mib",
+}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,56 +64,54 @@ def git(*argv: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, metavar="WORKTREE", help="of the last commit before the edit, in which the witnesses were measured too")
     parser.add_argument("witnesses", nargs="+", metavar="CELL", help="below docs/evidence, without .json")
-    parser.add_argument("--since", required=True, metavar="COMMIT", help="the last one before the edit")
+    parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="the edited files that these cells speak for")
     parser.add_argument("--why", required=True, metavar="TEXT", help="what was edited, and why it should change no number")
     a = parser.parse_args()
-    since = git("rev-parse", a.since).strip()
+    since = git("-C", str(a.before.resolve()), "rev-parse", "HEAD").strip()
     before = known(SAME.read_bytes() if SAME.exists() else b"[]")
-    witnesses: dict[str, str] = {}
+    names = [f"docs/evidence/{cell}.json" for cell in a.witnesses]
     loaded: set[str] = set()
     other = 0
-    for cell in a.witnesses:
-        name = f"docs/evidence/{cell}.json"
-        old, new = git("show", f"HEAD:{name}"), json.loads((ROOT / name).read_text())
-        if json.loads(old)["code"] == new["code"]:
-            print(f"{cell} was not measured anew", file=sys.stderr)
+    for name in names:
+        old, new = (json.loads((root / name).read_text()) for root in (a.before, ROOT))
+        if old["code"] == new["code"]:
+            print(f"{name} was not measured with both", file=sys.stderr)
             other += 1
-        if found := differences(json.loads(old), new):
-            print(f"{cell} has other numbers: {'; '.join(found[:5])}", file=sys.stderr)
+        if found := differences(old, new):
+            print(f"{name} has other numbers: {'; '.join(found[:5])}", file=sys.stderr)
             other += 1
-        witnesses[name] = old
         loaded |= set(new["files"])
     if other:
         return 1
-    files, unseen = {}, []
-    named = {f for cell in SAME.parent.rglob("*.json") if cell != SAME for f in names_of(cell)}
-    for name in sorted(named & set(git("diff", "--name-only", "--diff-filter=M", since, "--", *CODE).split())):
-        file = ROOT / name
-        own = standing_of(own_hash(file.suffix, git("show", f"{since}:{name}").encode()), before)
-        if own == standing(file):
-            continue
-        files[name] = [own, own_hash(file.suffix, file.read_bytes())]
+    files = {}
+    for name in a.files:
+        own = standing_of(own_hash(Path(name).suffix, git("show", f"{since}:{name}").encode()), before)
+        if own == standing(ROOT / name):
+            print(f"{name} stands as it did: there is nothing to say", file=sys.stderr)
+            return 1
         if name not in loaded:
-            unseen.append(name)
-    if unseen or not files:
-        print(
-            f"no witness loaded {', '.join(unseen)}: measure a cell that does" if unseen else "nothing was edited that a cell names", file=sys.stderr
-        )
-        return 1
+            print(f"no witness loaded {name}: measure a cell that does", file=sys.stderr)
+            return 1
+        files[name] = [own, own_hash(Path(name).suffix, (ROOT / name).read_bytes())]
     entry = {"why": a.why, "since": since[:12], "files": files, "witnesses": sorted(a.witnesses)}
     same = json.loads(SAME.read_text()) if SAME.exists() else []
+    git("checkout", "--", *names)
+    cells = [file for file in SAME.parent.rglob("*.json") if names_of(file)]
+    new = {cell: code for cell in cells if (code := code_hash(names_of(cell))) in cell.read_text()}
     SAME.write_text(json.dumps([*same, entry], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, old in witnesses.items():
-        (ROOT / name).write_text(old, encoding="utf-8")
-    print(f"{len(witnesses)} cells have the same numbers; {len(files)} files stand for those before them")
+    for cell, code in new.items():  # measured by the new code: its key has another name now
+        cell.write_text(cell.read_text().replace(code, code_hash(names_of(cell))))
+    print(f"{len(names)} cells have the same numbers; {len(files)} files stand for those before them")
     return 0
 
 
 def names_of(cell: Path) -> list[str]:
     """The files of code that a cell names."""
     kept = json.loads(cell.read_text())
-    return kept.get("files", []) if isinstance(kept, dict) else []
+    files = kept.get("files") if isinstance(kept, dict) else None
+    return files if isinstance(files, list) else []
 
 
 if __name__ == "__main__":
