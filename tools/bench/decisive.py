@@ -41,7 +41,7 @@ def _of(suffix: str, content: bytes) -> bytes:
 
 def standing(file: Path) -> str:
     """A hash of what of a file decides numbers; after edits that were shown to change none, that of the code before them."""
-    return standing_of(own_hash(file.suffix, file.read_bytes()), _before(SAME.read_bytes() if SAME.exists() else b"[]"))
+    return standing_of(own_hash(file.suffix, file.read_bytes()), edits(SAME.read_bytes() if SAME.exists() else b"[]"))
 
 
 def own_hash(suffix: str, content: bytes) -> str:
@@ -56,5 +56,6 @@ def standing_of(own: str, before: dict[str, str]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _before(same: bytes) -> dict[str, str]:
+def edits(same: bytes) -> dict[str, str]:
+    """hash → that of the code before an edit, of same.json"""
     return {after: before for edit in json.loads(same) for before, after in edit["files"].values()}

@@ -17,25 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decisive import SAME, own_hash, standing, standing_of
-from decisive import _before as known
+from decisive import SAME, edits, own_hash, standing, standing_of
 from evidence import ROOT, code_hash
 
 # what two runs of the same code do not share
-OF_THE_RUN = {
-    "code",
-    "files",
-    "seconds",
-    "phases",
-    "memory",
-    "load_average",
-    "load1",
-    "load1_end",
-    "cpu_seconds",
-    "peak_bytes",
-    "peak_rss_mib",
-    "rss_before_mib",
-}
+OF_THE_RUN = {"code", "files", "seconds", "cpu_seconds", "phases", "load_average", "load1", "load1_end"}
+OF_THE_RUN |= {"memory", "peak_bytes", "peak_rss_mib", "rss_before_mib"}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,7 +57,7 @@ def main() -> int:
     parser.add_argument("--why", required=True, metavar="TEXT", help="what was edited, and why it should change no number")
     a = parser.parse_args()
     since = git("-C", str(a.before.resolve()), "rev-parse", "HEAD").strip()
-    before = known(SAME.read_bytes() if SAME.exists() else b"[]")
+    before = edits(SAME.read_bytes() if SAME.exists() else b"[]")
     names = [f"docs/evidence/{cell}.json" for cell in a.witnesses]
     loaded: set[str] = set()
     other = 0

@@ -59,7 +59,7 @@ class Entries:
         self._index = -1
         self._calls: list[BlockInput] = []  # [batch], of block `_index`; [] = it is run by whole passes
         self._versions: list[list[int]] = []
-        self._like: list[list[Any]] = [[] for _ in range(count)]  # [batch][block], what finished blocks put out, tensors on meta
+        self._like: list[list[Any]] = [[] for _ in range(count)]  # [batch][block], what finished blocks put out, every number NaN
         self.alone: dict[str, bool] = {}  # path → whether the block is called alone; for tests and for who wonders
 
     def of(self, index: int, batch: int) -> BlockInput | None:
@@ -92,8 +92,9 @@ class Entries:
     def _after(self, index: int, batch: int, call: BlockInput) -> BlockInput | None:
         """The entry of a block by the output of the one before; None where the model does not come so far without the others."""
         output = call.call(self.model.get_submodule(self.paths[index - 1]))
-        outputs = [*(_mapped(o, _nan) for o in self._like[batch]), output]
-        self._like[batch].append(_on_meta(output))
+        # contiguous ones of their own for the pass: a model may look at them from another side, or write into them
+        outputs = [*(_mapped(o, lambda t: t.clone(memory_format=torch.contiguous_format)) for o in self._like[batch]), output]
+        self._like[batch].append(_mapped(output, _nan))
         originals = [self.model.get_submodule(path) for path in self.paths[:index]]
         for path, original, own in zip(self.paths, originals, outputs, strict=False):
             self.model.set_submodule(path, _GivesBack(original, own))
@@ -109,10 +110,11 @@ class Entries:
     def _whole(self, index: int, batch: int, through: bool = False) -> tuple[BlockInput | None, Any]:
         """What a whole pass brings to the block, and what the block puts out, if asked to go `through` it."""
         like = self._like[batch] = []
-        handles = []
-        for path in self.paths[:index]:
-            hook = lambda module, args, output: like.append(_on_meta(output))  # noqa: E731
-            handles.append(self.model.get_submodule(path).register_forward_hook(hook))
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            like.append(_mapped(output, _nan))
+
+        handles = [self.model.get_submodule(path).register_forward_hook(note) for path in self.paths[:index]]
         try:
             return self._pass(index, batch, through)
         finally:
@@ -173,12 +175,8 @@ class _GivesBack(nn.Module):
 
 
 def _nan(like: Tensor) -> Tensor:
-    """A tensor of that shape; of NaN, and of zeros where its dtype has none."""
-    return torch.full(like.shape, torch.nan if like.is_floating_point() else 0, dtype=like.dtype)
-
-
-def _on_meta(output: Any) -> Any:
-    return _mapped(output, lambda t: t.to("meta"))
+    """NaN of that shape, dtype and device, and zeros where the dtype has none, in the memory of one number."""
+    return torch.full((), torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
