@@ -1,11 +1,13 @@
 """Triton kernels under its interpreter against their references: sizes that nothing divides, one row, no row, strided inputs, bad input."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from qkernels import fp4_linear, grouped_linear, hadamard_quantize, int_linear, int_pack, kv_attention, quantize_rows, weight_linear
+from qkernels import _gpu, fp4_linear, grouped_linear, hadamard_quantize, int_linear, int_pack, kv_attention, quantize_rows, weight_linear
 from qkernels.fp4_linear import triton as fp4_gpu
 from qkernels.grouped_linear import triton as grouped_gpu
 from qkernels.hadamard_quantize import triton as hadamard_gpu
@@ -254,3 +256,34 @@ def test_bad_input_is_named(rand, call, message):
     _, words, scale = a_weight(rand, 4, 16, 64, group=32)
     with pytest.raises(ValueError, match=message):
         call(rand(2, 64, dtype=torch.float16), words, scale)
+
+
+# more rows than 32 bits can count the elements of -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(1, (64, 64)), (2**19, (8192, 4096)), (700_001, (4096, 14336)), (5, (2**31, 1))])
+def test_pieces_are_all_rows_in_order_and_no_offset_needs_more_than_32_bits(rows, widths):
+    found = _gpu.pieces(rows, *widths)
+    assert found[0].start == 0 and found[-1].stop == rows and all(a.stop == b.start for a, b in pairwise(found))
+    assert all((s.stop - s.start) * max(widths) <= 2**31 - 1 or s.stop - s.start == 1 for s in found)
+
+
+def test_linear_layers_in_pieces_are_those_in_one(rand, monkeypatch):
+    _, words, scale = a_weight(rand, 4, 48, 64, group=32)
+    x = rand(150, 64, dtype=torch.bfloat16)
+    q, x_scale = quantize_rows.reference.quantize_rows(x.float())
+    packed = torch.randint(0, 256, (48, 32), dtype=torch.uint8, device=DEVICE)
+    sizes = torch.randint(120, 130, (48, 2), dtype=torch.uint8, device=DEVICE)
+
+    def results():
+        return (
+            weight_gpu.weight_linear(x, words, scale, bits=4),
+            int_gpu.int_linear(q, x_scale, words, scale, bits=4, dtype=torch.float32),
+            fp4_gpu.fp4_linear(x, packed, sizes),
+        )
+
+    whole = results()
+    monkeypatch.setattr(_gpu, "LARGEST", 64 * 64)
+    assert len(_gpu.pieces(150, 64, 48)) == 3
+    for a, b in zip(whole, results(), strict=True):
+        assert torch.equal(a, b)

@@ -13,6 +13,7 @@ from qkernels import _check, _tiles
 from qkernels._check import require_groups
 
 Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
+LARGEST = 2**31 - 1  # offset of an element: kernels of linear layers count in 32 bits
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ def launch(
     else:
         names = tuple(name for name in ("N", "K", "C", *constants) if name in kernel.arg_names)
         _tuner(kernel, tiles, target, block, names, _bucket(size))[grid](*arguments, **constants)
+
+
+def pieces(rows: int, *widths: int) -> list[slice]:
+    """Rows in as many launches as it takes for 32 bits to hold the offset of every element.  widths: of the matrices that have these rows"""
+    most = max(1, LARGEST // max(widths) // 64 * 64)  # as well aligned as the whole
+    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
 @cache

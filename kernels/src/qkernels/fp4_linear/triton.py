@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import HALVES, require_one
-from qkernels._gpu import Case, launch, require, rows_of, tiled
+from qkernels._gpu import Case, launch, pieces, require, rows_of, tiled
 from qkernels._tiles import of_rows
 
 
@@ -84,17 +84,23 @@ def fp4_linear(x: Tensor, packed: Tensor, scale: Tensor, tensor_scale: Tensor | 
         require_one("tensor_scale", tensor_scale, (torch.float32,), x)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
-        t = rows.shape[0]
+        packed, scale = packed.contiguous(), scale.contiguous().view(torch.uint8)
         own = packed if tensor_scale is None else tensor_scale.float().reshape(1)
-        launch(
-            fp4_linear_kernel,
-            of_rows("fp4_linear", t),
-            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
-            (rows, packed.contiguous(), scale.contiguous().view(torch.uint8), own, y, t, n, k),
-            {"MX": mx},
-            size=t,
-        )
+        for part in pieces(rows.shape[0], k, n):
+            _launch(rows[part], packed, scale, own, y[part], mx)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _launch(x: Tensor, packed: Tensor, scale: Tensor, tensor_scale: Tensor, y: Tensor, mx: bool) -> None:
+    (t, k), n = x.shape, packed.shape[0]
+    launch(
+        fp4_linear_kernel,
+        of_rows("fp4_linear", t),
+        lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+        (x, packed, scale, tensor_scale, y, t, n, k),
+        {"MX": mx},
+        size=t,
+    )
 
 
 def cases() -> list[Case]:

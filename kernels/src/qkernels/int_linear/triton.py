@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import FLOATS, require_choice
-from qkernels._gpu import Case, block_of_group, launch, require, tiled
+from qkernels._gpu import Case, block_of_group, launch, pieces, require, tiled
 from qkernels._tiles import of_rows
 
 
@@ -63,16 +63,23 @@ def int_linear(
     if y.numel():
         q, x_scale, words, scale = q.contiguous(), x_scale.contiguous(), words.contiguous(), scale.contiguous()
         other = scale if shift is None else shift.contiguous()
-        launch(
-            int_linear_kernel,
-            of_rows("int_linear", t),
-            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
-            (q, x_scale, words, scale, other, y, t, n, k, words.shape[1], groups),
-            {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None},
-            size=t,
-            block=block,
-        )
+        for own in pieces(t, k, n):
+            constants = {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None}
+            _launch(q[own], x_scale[own], words, scale, other, y[own], constants, block)
     return y
+
+
+def _launch(q: Tensor, x_scale: Tensor, words: Tensor, scale: Tensor, other: Tensor, y: Tensor, constants: dict[str, int], block: int) -> None:
+    (t, k), n = q.shape, words.shape[0]
+    launch(
+        int_linear_kernel,
+        of_rows("int_linear", t),
+        lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+        (q, x_scale, words, scale, other, y, t, n, k, words.shape[1], scale.shape[1]),
+        constants,
+        size=t,
+        block=block,
+    )
 
 
 def cases() -> list[Case]:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels._check import FLOATS, HALVES, require_choice
-from qkernels._gpu import Case, block_of_group, launch, require, rows_of, tiled
+from qkernels._gpu import Case, block_of_group, launch, pieces, require, rows_of, tiled
 from qkernels._tiles import of_rows
 
 
@@ -58,19 +58,24 @@ def weight_linear(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None 
         require("shift", shift, (n, groups), (torch.float32,), x)
     y = x.new_empty(rows.shape[0], n)
     if y.numel():
-        t = rows.shape[0]
         words, scale = words.contiguous(), scale.contiguous()
         other = scale if shift is None else shift.contiguous()
-        launch(
-            weight_linear_kernel,
-            of_rows("weight_linear", t),
-            lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
-            (rows, words, scale, other, y, t, n, k, words.shape[1], groups),
-            {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None},
-            size=t,
-            block=block,
-        )
+        for own in pieces(rows.shape[0], k, n):
+            _launch(rows[own], words, scale, other, y[own], {"GROUP": k // groups, "BITS": bits, "SHIFT": shift is not None}, block)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _launch(x: Tensor, words: Tensor, scale: Tensor, other: Tensor, y: Tensor, constants: dict[str, int], block: int) -> None:
+    (t, k), n = x.shape, words.shape[0]
+    launch(
+        weight_linear_kernel,
+        of_rows("weight_linear", t),
+        lambda tile: (triton.cdiv(t, tile["BT"]), triton.cdiv(n, tile["BN"])),
+        (x, words, scale, other, y, t, n, k, words.shape[1], scale.shape[1]),
+        constants,
+        size=t,
+        block=block,
+    )
 
 
 def cases() -> list[Case]:
