@@ -328,3 +328,9 @@ def test_the_error_that_flags_save_is_that_of_unflagged_values():
         assert float(ours[flagged].sum() / plain[flagged].sum()) == pytest.approx(1.0, rel=0.02)
         # under coarse steps most small values are rounded to zero, whose error is less than that of uniform rounding
         assert float(ours[~flagged].sum() / plain[~flagged].sum()) < 3 * 4.0 ** -(m - o)
+
+
+def test_tables_tell_formats_of_equal_bits_apart():
+    names = [str(spec) for spec in (bbfp(4, 2), bbfp(4, 3), bfp(5))]
+    assert [name.split(" ")[0] for name in names] == ["bbfp(4,2)", "bbfp(4,3)", "bfp(5)"]
+    assert {spec.format.bits for spec in (bbfp(4, 2), bbfp(4, 3), bfp(5))} == {6}

@@ -67,6 +67,10 @@ class BFP(NumberFormat):
             raise SpecError(f"unknown rounding {self.rounding!r} of block floating point; have: nearest, truncate")
 
     @property
+    def label(self) -> str:
+        return f"bfp({self.mantissa})"
+
+    @property
     def bits(self) -> int:
         return self.mantissa + 1
 
@@ -124,6 +128,10 @@ class BBFP(NumberFormat):
     def shift(self) -> int:
         """d = m - o: by how many exponents the high window lies above the low one."""
         return self.mantissa - self.overlap
+
+    @property
+    def label(self) -> str:
+        return f"bbfp({self.mantissa},{self.overlap})"
 
     @property
     def bits(self) -> int:

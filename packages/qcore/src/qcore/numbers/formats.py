@@ -39,6 +39,7 @@ class NumberFormat(Protocol):
     parts: names of the fitted parameters that are stored beside the codes
     per_block: whether each block of the granularity has fitted parameters of its own, or the tensor one set
     shared: of the parts of a format with `per_block`, those that the tensor has once all the same
+    label: what tables and messages call it, "" = name and bits; for formats that these two do not tell apart
 
     A format with `hi == -lo` and a float grid needs nothing more; a *scale* format may also define `choose_scale` (see `PowerOfTwo`).
     """
@@ -51,6 +52,7 @@ class NumberFormat(Protocol):
     parts: tuple[str, ...] = ()
     per_block: bool = False
     shared: tuple[str, ...] = ()
+    label: Any = ""
 
     def fit(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The data-dependent parts, for already scaled values; {} for a fixed grid.

@@ -91,7 +91,9 @@ class QuantSpec:
 
 
 def _float_name(f: NumberFormat) -> str:
-    return f"fp{f.bits}-e{f.exponent}m{f.mantissa}" if isinstance(f, Float) else f"{f.name}{f.bits}" + (f"×{f.dim}" if f.dim > 1 else "")
+    if isinstance(f, Float):
+        return f"fp{f.bits}-e{f.exponent}m{f.mantissa}"
+    return str(f.label or f"{f.name}{f.bits}") + (f"×{f.dim}" if f.dim > 1 else "")
 
 
 # presets: names for the usual cases, plain functions of their free numbers ---------------------------------------------------------------
