@@ -11,8 +11,8 @@ import qcore
 
 RECIPES = Path(qcore.__file__).parent / "recipes"
 COMMANDS = [
-    ["quantize"], ["plan"], ["eval"], ["compare"], ["explain"], ["bench"], ["export"], ["methods"], ["recipes", "list"], ["recipes", "show"],
-    ["plugins", "list"], ["plugins", "doctor"],
+    ["quantize"], ["plan"], ["eval"], ["compare"], ["explain"], ["bench"], ["export"], ["lower"], ["methods"],
+    ["recipes", "list"], ["recipes", "show"], ["plugins", "list"], ["plugins", "doctor"],
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Lowering(Protocol):
     def lower(self, model: nn.Module, topology: Topology, weights: Mapping[Site, QTensor]) -> nn.Module:
         """The other program.  `model` is left as it is, and not needed afterwards.
 
+        `qcore lower` calls that of a language model with ids [B, T]; it gives logits [B, T, V], or something whose `dequantize()` are those.
         weights: `stored_weights(model)`
         SpecError with every reason of `refuses`.
         """

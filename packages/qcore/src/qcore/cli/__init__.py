@@ -84,7 +84,7 @@ def _version(wanted: bool) -> None:
 
 def build() -> typer.Typer:
     """The command tree, without the plug-ins' commands."""
-    from qcore.cli import bench, compare, evaluate, explain, export, methods, plan, plugins, quantize, recipes, report, verify
+    from qcore.cli import bench, compare, evaluate, explain, export, lower, methods, plan, plugins, quantize, recipes, report, verify
 
     app = typer.Typer(
         name="qcore",
@@ -114,6 +114,7 @@ def build() -> typer.Typer:
     app.command("verify", short_help="Read a checkpoint through, or make it again.")(verify.verify)
     app.command("explain", short_help="Show what runs a checkpoint, and why.")(explain.explain)
     app.command("export", short_help="Write a checkpoint for another program.")(export.export)
+    app.command("lower", short_help="Run a checkpoint as another program.")(lower.lower)
     app.command("bench", short_help="Time a checkpoint's layers on this machine.")(bench.bench)
     app.add_typer(recipes.app, name="recipes", short_help="List recipes, or show one to start from.")
     app.add_typer(plugins.app, name="plugins", short_help="List plug-ins, or find out what is wrong.")
@@ -121,7 +122,7 @@ def build() -> typer.Typer:
     return app
 
 
-OWN_COMMANDS = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "report", "recipes", "plugins", "methods"}
+OWN_COMMANDS = {"quantize", "plan", "eval", "compare", "explain", "verify", "bench", "export", "lower", "report", "recipes", "plugins", "methods"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
