@@ -5,18 +5,17 @@ one to one (transformers renames, fuses or splits what some checkpoints hold), t
 No checkpoint executes code: pickles are not opened, and a configuration that brings code of its own is refused.
 """
 
-import json
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from qcore.errors import CheckpointError, NotFound, QcoreError
-from qcore.model.reader import DictReader, SafetensorsReader, TensorReader, weights_fingerprint
+from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
+from qcore.model.transformers_folder import RenamedReader, check_shapes, copy_files, first_line, read_config, require_float, whole_state
 from torch import Tensor, nn
 
 _TOKENIZER_FILES = (
@@ -39,27 +38,6 @@ class Tokens:
         return self.tokenizer.decode(list(ids))
 
 
-class RenamedReader:
-    """A reader whose tensors are known by other names.  names: name here → name there; two may lead to one (tied parameters)"""
-
-    def __init__(self, reader: TensorReader, names: Mapping[str, str]) -> None:
-        self._reader, self._names = reader, dict(names)
-
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {', '.join(list(self._names)[:3])}")
-        return self._reader[self._names[name]]
-
-    def fingerprint(self) -> str:
-        return weights_fingerprint(self._reader)
-
-
 class TransformersFolder(ModelSource):
     """A folder that `save_pretrained` wrote: config.json and safetensors, perhaps a tokenizer."""
 
@@ -72,19 +50,14 @@ class TransformersFolder(ModelSource):
     def load(self, uri: str) -> LoadedModel:
         folder = Path(uri)
         data = read_config(folder)
-        if "quantization_config" in data:
-            how = (data["quantization_config"] or {}).get("quant_method", "an unnamed method")
-            raise CheckpointError(
-                f"{folder} is quantized already ({how}); quantizing it again would add a second error to the first: "
-                "load the float model it was made from"
-            )
+        require_float(data, folder)
         reader = SafetensorsReader(folder)
         stored = reader.dtype()
         model = self.skeleton(folder)
         names = matching_names(model, set(reader.names()))
         notes: tuple[str, ...] = ()
         if names is None:
-            weights: TensorReader = DictReader(_loaded_by_transformers(folder, stored))
+            weights: TensorReader = DictReader(whole_state(_auto_class(model.config)[0], folder, stored))
             notes = ("transformers converted the checkpoint's tensors while loading; the whole model was in memory",)
         else:
             check_shapes(model, reader, names, folder)
@@ -96,7 +69,7 @@ class TransformersFolder(ModelSource):
             dtype=stored,
             tokenizer=read_tokenizer(folder),
             source=self.name,
-            write_companions=lambda target: copy_companions(folder, target),
+            write_companions=lambda target: copy_files(folder, target, _COMPANIONS),
             notes=notes,
         )
 
@@ -107,7 +80,7 @@ class TransformersFolder(ModelSource):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as e:  # transformers raises what it likes
-            raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(e)})") from e
+            raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(e)})") from e
         # a checkpoint that qcore wrote says how it is quantized; its skeleton is the float architecture
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -150,7 +123,7 @@ class TransformersConfig(ModelSource):
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as e:  # transformers raises what it likes
-            raise CheckpointError(f"{path}: transformers cannot read it ({_first_line(e)})") from e
+            raise CheckpointError(f"{path}: transformers cannot read it ({first_line(e)})") from e
         model = skeleton_of(config, str(data["model_type"]))
         named = data.get("dtype") or data.get("torch_dtype") or "bfloat16"
         return LoadedModel(
@@ -210,25 +183,6 @@ class GGUF(ModelSource):
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, or the file itself; refused when it is broken or brings code."""
-    path = folder / "config.json" if folder.is_dir() else folder
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise NotFound(f"{folder} has no config.json") from e
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{path} cannot be read ({e}); fetch it again") from e
-    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type; it is not the configuration of a transformers model")
-    if "auto_map" in data:
-        raise CheckpointError(
-            f"{path} asks for code of its own (auto_map: {', '.join(map(str, data['auto_map']))}); a checkpoint never executes code here\n"
-            f"if transformers has {data['model_type']!r} built in and it computes the same, remove the auto_map entry"
-        )
-    return data
-
-
 def skeleton_of(config: Any, kind: str) -> nn.Module:
     """The model of a configuration, parameters on meta, in evaluation mode: without a head where its `architectures` name none, else causal."""
     auto, what = _auto_class(config)
@@ -236,7 +190,7 @@ def skeleton_of(config: Any, kind: str) -> nn.Module:
         with parameters_on_meta():
             model = auto.from_config(config, trust_remote_code=False)
     except Exception as e:  # transformers raises what it likes
-        raise CheckpointError(f"transformers makes no {what} of {kind!r} ({_first_line(e)})") from e
+        raise CheckpointError(f"transformers makes no {what} of {kind!r} ({first_line(e)})") from e
     return model.eval()
 
 
@@ -275,36 +229,6 @@ def matching_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
     return None if spare else found
 
 
-def check_shapes(model: nn.Module, reader: SafetensorsReader, names: Mapping[str, str], folder: Path) -> None:
-    """CheckpointError where a stored tensor has another shape than the configuration says."""
-    for name, value in model.state_dict(keep_vars=True).items():
-        there = list(reader.info(names[name]).shape)
-        if there != list(value.shape):
-            raise CheckpointError(
-                f"{folder}: {names[name]} is {there}, config.json asks for {list(value.shape)}; weights and configuration are of different models"
-            )
-
-
-def _loaded_by_transformers(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    from transformers import AutoConfig
-
-    try:
-        auto, _ = _auto_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        loaded: Any = auto.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-        model, info = loaded
-    except Exception as e:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: transformers cannot load it ({_first_line(e)})") from e
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or ())):
-            raise CheckpointError(
-                f"{folder}: {len(keys)} {kind.replace('_keys', '')} tensors, such as {keys[0]}; the weights do not belong to this config.json, "
-                "and what is missing would be random"
-            )
-    return {name: value.detach() for name, value in model.state_dict().items()}
-
-
 def read_tokenizer(folder: Path) -> Tokens | None:
     """The folder's tokenizer; None when it has none."""
     if not any((folder / f).is_file() for f in _TOKENIZER_FILES if f.startswith(("tokenizer", "vocab", "spiece"))):
@@ -316,17 +240,4 @@ def read_tokenizer(folder: Path) -> Tokens | None:
     except QcoreError:
         raise
     except Exception as e:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(e)}); fetch its files again") from e
-
-
-def copy_companions(folder: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files; nothing that could be executed."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _COMPANIONS:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-
-
-def _first_line(e: Exception) -> str:
-    lines = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {lines[0][:200] if lines else ''}"
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({first_line(e)}); fetch its files again") from e

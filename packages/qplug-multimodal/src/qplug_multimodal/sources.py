@@ -6,15 +6,14 @@ and a note says so.  No checkpoint executes code.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from qcore.errors import CheckpointError, NotFound
 from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
-from torch import Tensor, nn
+from qcore.model.transformers_folder import RenamedReader, check_shapes, copy_files, first_line, read_config, require_float, whole_state
+from torch import nn
 
 PREFIX = "multimodal:"
 _HERE = Path(__file__).parent / "data"
@@ -37,11 +36,7 @@ class VisionLanguageFolder(ModelSource):
 
     def load(self, uri: str) -> LoadedModel:
         folder = _folder(uri)
-        data = _config(folder)
-        if "quantization_config" in data:
-            raise CheckpointError(
-                f"{folder} is quantized already; quantizing it again would add a second error: load the float model it was made from"
-            )
+        require_float(read_config(folder), folder)
         stored = SafetensorsReader(folder)
         model = self.skeleton(folder)
         dtype = stored.dtype()
@@ -49,11 +44,11 @@ class VisionLanguageFolder(ModelSource):
         names = stored_names(model, set(stored.names()))
         reader: TensorReader
         if names is None:
-            reader = DictReader(_loaded_by_transformers(folder, type(model), dtype))
+            reader = DictReader(whole_state(type(model), folder, dtype))
             notes = ("transformers converted the checkpoint's tensors while loading; the whole model was in memory",)
         else:
-            reader = Renamed(stored, names)
-            _check_shapes(model, stored, names, folder)
+            reader = RenamedReader(stored, names)
+            check_shapes(model, stored, names, folder)
         from qplug_multimodal.pairs import data_of
 
         return LoadedModel(
@@ -62,7 +57,7 @@ class VisionLanguageFolder(ModelSource):
             name=uri if uri.startswith(PREFIX) else folder.resolve().name,
             dtype=dtype,
             source=self.name,
-            write_companions=lambda target: _copy_companions(folder, target),
+            write_companions=lambda target: copy_files(folder, target, _COMPANIONS),
             notes=notes,
             data=data_of(folder),
         )
@@ -70,7 +65,7 @@ class VisionLanguageFolder(ModelSource):
     def skeleton(self, folder: Path) -> nn.Module:
         import transformers
 
-        data = _config(folder)
+        data = read_config(folder)
         named = (data.get("architectures") or [""])[0]
         cls = getattr(transformers, named, None)
         if cls is None:
@@ -84,35 +79,12 @@ class VisionLanguageFolder(ModelSource):
             with parameters_on_meta():
                 return cls._from_config(config).eval()
         except Exception as e:  # transformers raises what it likes
-            raise CheckpointError(f"{folder / 'config.json'}: transformers makes no {named} of it ({_first_line(e)})") from e
+            raise CheckpointError(f"{folder / 'config.json'}: transformers makes no {named} of it ({first_line(e)})") from e
 
     def data(self, folder: Path) -> Any:
         from qplug_multimodal.pairs import data_of
 
         return data_of(folder)
-
-
-class Renamed:
-    """A reader whose tensors are known by other names.  names: name here → name there"""
-
-    def __init__(self, reader: SafetensorsReader, names: dict[str, str]) -> None:
-        self._reader, self._names = reader, names
-
-    def names(self) -> list[str]:
-        return list(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {', '.join(list(self._names)[:3])}")
-        return self._reader[self._names[name]]
-
-    def fingerprint(self) -> str:
-        from qcore.model.reader import weights_fingerprint
-
-        return weights_fingerprint(self._reader)
 
 
 def stored_names(model: nn.Module, stored: set[str]) -> dict[str, str] | None:
@@ -160,51 +132,3 @@ def _folder(uri: str) -> Path:
     if not (folder / "config.json").is_file():
         raise NotFound(f"{uri}: this package brings {', '.join(f'{PREFIX}{p.name}' for p in sorted(_HERE.iterdir()) if p.is_dir())}")
     return folder
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise NotFound(f"{folder} has no config.json") from e
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{path} cannot be read ({e}); fetch it again") from e
-    if "auto_map" in data:
-        raise CheckpointError(f"{path} asks for code of its own (auto_map); a checkpoint never executes code here")
-    return data
-
-
-def _check_shapes(model: nn.Module, reader: SafetensorsReader, names: dict[str, str], folder: Path) -> None:
-    for name, value in model.state_dict(keep_vars=True).items():
-        there = list(reader.info(names[name]).shape)
-        if there != list(value.shape):
-            raise CheckpointError(
-                f"{folder}: {names[name]} is {there}, config.json asks for {list(value.shape)}; weights and configuration are of different models"
-            )
-
-
-def _loaded_by_transformers(folder: Path, cls: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    try:
-        model, info = cls.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except Exception as e:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: transformers cannot load it ({_first_line(e)})") from e
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or ())):
-            raise CheckpointError(
-                f"{folder}: {len(keys)} {kind.replace('_keys', '')} tensors, such as {keys[0]}; the weights are not of this config.json"
-            )
-    return {name: value.detach() for name, value in model.state_dict().items()}
-
-
-def _copy_companions(folder: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _COMPANIONS:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).splitlines()[0][:200] if str(e) else type(e).__name__
