@@ -40,9 +40,10 @@ def qcore_modules():
 
 @hookimpl
 def qcore_sources():
+    from qplug_multimodal.openclip import OpenClip
     from qplug_multimodal.sources import VisionLanguageFolder
 
-    return [VisionLanguageFolder]
+    return [VisionLanguageFolder, OpenClip]
 
 
 @hookimpl

@@ -195,11 +195,19 @@ def _write_config(folder: Path, config: dict[str, Any], model: nn.Module, manife
         quantization = {"quant_method": "qcore", "manifest": manifest.to_dict() | {"files": {}, "sha256": {}, "record": {}}}
     if quantization is not None:
         config["quantization_config"] = quantization
-    ends = [end() for name in ("get_input_embeddings", "get_output_embeddings") if callable(end := getattr(model, name, None))]
-    if len(ends) == 2 and all(end is not None for end in ends):
+    first, last = (_end(model, name) for name in ("get_input_embeddings", "get_output_embeddings"))
+    if first is not None and last is not None:
         # what a transform or a solver untied must not be tied again by the loader, over the weight that was stored
-        config["tie_word_embeddings"] = _same_weight(*ends)
+        config["tie_word_embeddings"] = _same_weight(first, last)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _end(model: nn.Module, name: str) -> Any:
+    """The module that a transformers model names so, or None; a model of two towers says that it names none."""
+    try:
+        return end() if callable(end := getattr(model, name, None)) else None
+    except NotImplementedError:
+        return None
 
 
 def _same_weight(a: nn.Module, b: nn.Module) -> bool:
