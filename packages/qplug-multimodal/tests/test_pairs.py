@@ -10,6 +10,7 @@ from qcore.model import adapter_for, load_source
 from qcore.pipeline import float_forward
 from qcore.plugins import load_registry
 from qcore.recipe import CalibrationSettings
+from qcore.testing import check_source
 from qplug_multimodal import scenes
 from qplug_multimodal.pairs import PairFile, VisualQuestions, data_of, processed
 from qplug_multimodal.sources import VisionLanguageFolder, stored_names
@@ -203,3 +204,7 @@ def test_folders_that_cannot_be_read_say_why(tmp_path):
 
 def test_a_folder_without_words_or_processor_says_so(tmp_path):
     assert data_of(tmp_path).processor is None and "no preprocessor_config.json" in data_of(tmp_path).why
+
+
+def test_the_source_of_folders_is_one():
+    check_source(VisionLanguageFolder(), "multimodal:tiny-llava")

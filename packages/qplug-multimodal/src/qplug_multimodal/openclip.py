@@ -190,7 +190,8 @@ def _part(cfg: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 def _on_meta(config: Any) -> nn.Module:
     from transformers import CLIPModel
 
-    with parameters_on_meta():
+    # its class embedding is drawn from the global random numbers, which are not ours
+    with torch.random.fork_rng(devices=[]), parameters_on_meta():
         return CLIPModel._from_config(config).eval()
 
 

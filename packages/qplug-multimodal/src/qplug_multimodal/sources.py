@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from qcore.errors import CheckpointError, NotFound
 from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
@@ -76,7 +77,8 @@ class VisionLanguageFolder(ModelSource):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            with parameters_on_meta():
+            # a CLIP tower draws its class embedding from the global random numbers, which are not ours
+            with torch.random.fork_rng(devices=[]), parameters_on_meta():
                 return cls._from_config(config).eval()
         except Exception as e:  # transformers raises what it likes
             raise CheckpointError(f"{folder / 'config.json'}: transformers makes no {named} of it ({first_line(e)})") from e
