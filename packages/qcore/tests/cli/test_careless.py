@@ -269,6 +269,12 @@ def test_a_text_where_images_belong_is_found_by_the_plan(tmp_path: Path) -> None
     assert len(found) == 2 and "text.txt" in found[0] and "gone does not exist" in found[1]
 
 
+def test_a_file_that_is_not_there_is_a_mistake_for_a_recipe_without_data_too(tmp_path: Path) -> None:
+    data = ImagePair(ImageFile(tmp_path / "lost", GREY), None, GREY)
+    found = data_problems(None, Recipe(name="r", rules=(), solver=None), data, calibrates=False, eval_tokens=2, window=None)  # type: ignore[arg-type]
+    assert found == [f"data file {tmp_path / 'lost'} does not exist; pass a path that exists"]
+
+
 def test_a_part_of_a_name_is_understood() -> None:
     made = Shelf("recipes", list)
     for name in ("w4a16-rtn", "rtn-w8a8", "fp8"):

@@ -27,7 +27,9 @@ def data_problems(loaded: "LoadedModel", recipe: "Recipe", data: Any, *, calibra
     # a source that makes its data has its own reasons to refuse, and needs the whole model to find them
     calibration = data.calibration if calibrates and (settings.source is None or settings.source.needs_text()) else None
     if not isinstance(data, TextPair):
-        return [why for part in (calibration, data.evaluation) if (why := _unreadable(part))]
+        # a file that was named and is not there is a mistake, whether or not it would have been read
+        whys = (_unreadable(calibration) or _absent(data.calibration), _unreadable(data.evaluation))
+        return [why for why in whys if why]
     checks: list[Callable[[], Any]] = []
     if calibration is not None:
         checks.append(lambda: _enough(calibration, settings.samples * settings.length) or calibration.windows(loaded.tokenizer, settings))
@@ -60,8 +62,11 @@ def _refusal(check: Callable[[], Any]) -> str | None:
 def _unreadable(part: Any) -> str | None:
     """What is wrong with a file of other data than text; a large one is only looked for."""
     path, read = getattr(part, "path", None), getattr(part, "read", None)
-    if not isinstance(path, Path):
-        return None
-    if not path.exists():
-        return f"data file {path} does not exist; pass a path that exists"
+    if (why := _absent(part)) or not isinstance(path, Path):
+        return why
     return _refusal(read) if callable(read) and path.is_file() and path.stat().st_size <= LARGEST else None
+
+
+def _absent(part: Any) -> str | None:
+    path = getattr(part, "path", None)
+    return f"data file {path} does not exist; pass a path that exists" if isinstance(path, Path) and not path.exists() else None
