@@ -48,7 +48,7 @@ def lower(
     own = registry()
     lowering = chosen(to, own)
     if not is_checkpoint(checkpoint):
-        raise SpecError(f"{checkpoint} is no checkpoint of qcore; make one with `qcore quantize MODEL -o {checkpoint}`")
+        raise SpecError(f"{checkpoint} is no checkpoint of qcore; make one first: qcore quantize MODEL --recipe NAME -o out/")
     if reference is not None:
         from qcore.cli._models import outline_of
 
