@@ -75,7 +75,7 @@ def test_the_source_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("RN50", "vision_cfg.layers is a list: a ResNet"),
+        ("RN50", r"vision_cfg.layers = \[3, 4, 6, 3\], a ResNet"),
         ("ViT-B-16-SigLIP", "vision_cfg.timm_model_name"),
         ("coca_ViT-B-32", "multimodal_cfg"),
         ("EVA02-B-16", "custom_text"),

@@ -12,15 +12,17 @@ transformers' CLIP has no word for (other towers, other ways to pool, sigmoid lo
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import is_zipfile
 
 import torch
 from qcore.errors import CheckpointError, NotFound, SpecError
-from qcore.model.reader import DictReader, SafetensorsReader, TensorReader, weights_fingerprint
+from qcore.model.reader import DictReader, SafetensorsReader, TensorReader
 from qcore.model.source import LoadedModel, ModelSource, parameters_on_meta
+from qcore.model.transformers_folder import RenamedReader
 from torch import Tensor, nn
 
 PREFIX = "open_clip:"
@@ -78,8 +80,8 @@ def named(name: str) -> dict[str, Any]:
     open_clip = _open_clip()
     found = open_clip.get_model_config(name)
     if found is None:
-        near = get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        raise NotFound(f"open_clip has no model {name!r}, and there is no folder of that name with {CONFIG}; it has {', '.join(near) or 'others'}")
+        near = ", ".join(get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4) or ("ViT-B-32", "ViT-L-14", "…"))
+        raise NotFound(f"open_clip has no model {name!r}, and there is no folder of that name with {CONFIG}; it has {near}")
     return dict(found)
 
 
@@ -88,8 +90,8 @@ def clip_config(cfg: Mapping[str, Any], where: str) -> Any:
     strange = [
         f"{part or 'model'}.{key} = {value!r}" for part, known in _KNOWN.items() for key, value in _part(cfg, part).items() if key not in known
     ]
-    if isinstance(_part(cfg, "vision_cfg").get("layers", 12), list):
-        strange.append("vision_cfg.layers is a list: a ResNet")
+    if isinstance(layers := _part(cfg, "vision_cfg").get("layers"), list):
+        strange.append(f"vision_cfg.layers = {layers}, a ResNet")
     if strange:
         raise SpecError(f"{where} is not taken over; transformers' CLIP has nothing for " + "; ".join(strange))
     from transformers import CLIPConfig
@@ -112,46 +114,36 @@ def clip_config(cfg: Mapping[str, Any], where: str) -> Any:
     return CLIPConfig(vision_config=vision | shared, text_config=text | shared, projection_dim=int(cfg["embed_dim"]), architectures=["CLIPModel"])
 
 
-class AsTransformers:
+class AsTransformers(RenamedReader):
     """open_clip's tensors by the names of transformers' CLIP.  CheckpointError where one is missing, of another shape, or left over."""
 
     def __init__(self, stored: TensorReader, model: nn.Module, where: str) -> None:
-        self._stored = stored
-        self._names = {name: translated(name) for name in model.state_dict(keep_vars=True)}
-        there, wanted = set(stored.names()), {n for n, _ in self._names.values()}
+        own = {name: translated(name) for name in model.state_dict(keep_vars=True)}
+        super().__init__(stored, {name: there for name, (there, _) in own.items()})
+        self._parts = {name: part for name, (_, part) in own.items()}
+        there, wanted = set(stored.names()), set(self._names.values())
         # causal masks that older files hold
         if wrong := [*sorted(wanted - there), *sorted(there - wanted - {"attn_mask"})]:
             kind = "lacks" if wrong[0] in wanted else "holds, beside this model's,"
             raise CheckpointError(f"{where}: the file {kind} {wrong[0]} ({len(wrong)} tensors do not fit); it is of another model")
         for name, value in model.state_dict(keep_vars=True).items():
             if (shape := self._shape(name)) != tuple(value.shape):
-                raise CheckpointError(f"{where}: {self._names[name][0]} gives {shape}, {name} is {tuple(value.shape)}; it is of another model")
-
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+                raise CheckpointError(f"{where}: {self._names[name]} gives {shape}, {name} is {tuple(value.shape)}; it is of another model")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise NotFound(f"no tensor named {name!r}; there are {len(self._names)}, such as {next(iter(self._names))}")
-        own, part = self._names[name]
-        value = self._stored[own]
+        value = super().__getitem__(name)
+        part = self._parts[name]
         if part == "transposed":
             return value.T.contiguous()
         return value if part == "" else value.chunk(3)["qkv".index(part)].contiguous()
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as it would be given; a file's header says it."""
-        own, part = self._names[name]
-        shape = tuple(self._stored.info(own).shape if isinstance(self._stored, SafetensorsReader) else self._stored[own].shape)
+        there, part = self._names[name], self._parts[name]
+        shape = tuple(self._reader.info(there).shape if isinstance(self._reader, SafetensorsReader) else self._reader[there].shape)
         if part == "transposed":
             return shape[::-1]
         return shape if part == "" else (shape[0] // 3, *shape[1:])
-
-    def fingerprint(self) -> str:
-        return weights_fingerprint(self._stored)
 
 
 _OUTSIDE = {
@@ -226,7 +218,8 @@ def _weights(uri: str, cfg: Mapping[str, Any], file: Path) -> TensorReader:
     if file.suffix == ".safetensors":
         return SafetensorsReader(file)
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # files from before torch 1.6 are no zip archives, and cannot be mapped
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as e:  # pickle and zip raise what they like
         raise CheckpointError(f"{file} cannot be read without running code ({str(e).splitlines()[0][:160]}); convert it to safetensors") from e
     found = found.get("state_dict", found) if isinstance(found, dict) else found
